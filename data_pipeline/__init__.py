@@ -1,0 +1,1 @@
+"""Turns raw web metadata and face data sets into the shards that training reads."""
