@@ -43,6 +43,25 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def initialize(*, timeout_seconds: float) -> Ranks:
+    """Join the process group: gloo for CPU tensors, NCCL beside it where there is an accelerator.
+
+    Agreement goes over gloo, so that asking the other ranks costs no CPU-GPU sync point. Without a launcher the group
+    has one rank.
+    """
+    place = ranks()
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0" if place.world_size == 1 else "29500")
+    for name, value in (("RANK", place.rank), ("WORLD_SIZE", place.world_size), ("LOCAL_RANK", place.local_rank)):
+        os.environ.setdefault(name, str(value))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    return place
+
+
 def set_timeout(seconds: float) -> None:
     """Give every process group the same timeout; ZeRO's own groups ignore the one of `init_process_group`."""
     from torch.distributed import distributed_c10d as c10d
@@ -55,8 +74,7 @@ def set_timeout(seconds: float) -> None:
 def _reduce(value: float, op: dist.ReduceOp.RedOpType) -> float:
     if not is_active():
         return value
-    on = device() if dist.get_backend() == "nccl" else torch.device("cpu")
-    tensor = torch.tensor([value], dtype=torch.float64, device=on)
+    tensor = torch.tensor([value], dtype=torch.float64)
     dist.all_reduce(tensor, op=op)
     return float(tensor.item())
 

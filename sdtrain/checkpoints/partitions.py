@@ -1,0 +1,127 @@
+"""The one door to DeepSpeed's internals: this rank's fp32 master partition and its Adam moments.
+
+Checkpoint and EMA work on what `MasterPartitions` shows, so a DeepSpeed release that moves its attributes breaks this
+file and its tests, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdtrain import distributed
+from sdtrain.checkpoints.recut import Group, Layout, Slot, span
+from sdtrain.errors import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class MasterPartitions:
+    """This rank's slice of every parameter group's flat fp32 vector.
+
+    ZeRO-2 lays the parameters of a group end to end, pads the vector to a multiple of the ranks and gives each rank
+    one slice. The layout does not depend on the number of ranks; the spans do.
+
+    Attributes:
+        layout: Name, shape and offset of every parameter, group by group; the same on all ranks.
+        spans: (start, stop) of this rank's slice of every group's vector, padding excluded.
+    """
+
+    _optimizer: Any
+    layout: Layout
+    spans: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, optimizer: Any, module: nn.Module) -> MasterPartitions:
+        """Read the layout from a DeepSpeed ZeRO-1/2 optimiser that steps the parameters of `module`.
+
+        Raises:
+            CheckpointError: The optimiser does not hold flat fp32 partitions (ZeRO stage 0 or another optimiser).
+        """
+        if not hasattr(optimizer, "single_partition_of_fp32_groups"):
+            raise CheckpointError(
+                f"{type(optimizer).__name__} holds no flat fp32 partitions: checkpoints and EMA need trainer.zero_stage 2"
+            )
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        groups = tuple(
+            Group(
+                tuple(
+                    Slot(names[id(parameter)], tuple(parameter.shape), offset)
+                    for parameter, offset in zip(parameters, offsets, strict=True)
+                )
+            )
+            for parameters, offsets in zip(
+                optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True
+            )
+        )
+        rank = distributed.ranks().rank
+        spans = tuple(
+            span(group.numel, size, rank) for group, size in zip(groups, optimizer.partition_size, strict=True)
+        )
+        return cls(optimizer, Layout(groups), spans)
+
+    def masters(self) -> list[Tensor]:
+        """The fp32 master slice of every group, padding excluded; views, so writing changes the master."""
+        return [
+            partition.data[: stop - start]
+            for partition, (start, stop) in zip(
+                self._optimizer.single_partition_of_fp32_groups, self.spans, strict=True
+            )
+        ]
+
+    def tensors(self, ema: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+        """Everything of this rank that a checkpoint holds, by the names of the checkpoint format."""
+        named: dict[str, Tensor] = {}
+        for index, master in enumerate(self.masters()):
+            state = self._optimizer.optimizer.state.get(self._optimizer.single_partition_of_fp32_groups[index], {})
+            named[f"group{index}/master"] = master
+            for moment in MOMENTS:
+                held = state.get(moment)
+                named[f"group{index}/{moment}"] = torch.zeros_like(master) if held is None else held[: len(master)]
+            if ema is not None:
+                named[f"group{index}/ema"] = ema[index]
+        return named
+
+    def restore(self, read: Mapping[str, Tensor], *, applied_steps: int) -> None:
+        """Write master and moments back, set Adam's step count, and refresh the working weights on all ranks.
+
+        Args:
+            read: `group{g}/{kind}` -> this rank's span, 1-D float32.
+            applied_steps: Optimiser updates that were really applied; Adam's bias correction counts them.
+        """
+        for index, master in enumerate(self.masters()):
+            master.copy_(read[f"group{index}/master"])
+            if applied_steps > 0:
+                self._restore_moments(index, read, applied_steps)
+        self._optimizer.update_lp_params()
+
+    def _restore_moments(self, index: int, read: Mapping[str, Tensor], applied_steps: int) -> None:
+        partition = self._optimizer.single_partition_of_fp32_groups[index]
+        state = self._optimizer.optimizer.state[partition]
+        fused = self._optimizer.optimizer.param_groups[index].get("fused")
+        state["step"] = torch.tensor(float(applied_steps), device=partition.device if fused else "cpu")
+        for moment in MOMENTS:
+            state[moment] = torch.zeros_like(partition, requires_grad=False)
+            source = read[f"group{index}/{moment}"]
+            state[moment][: len(source)].copy_(source)
+
+    @contextmanager
+    def working_weights_from(self, replacement: Sequence[Tensor]) -> Iterator[None]:
+        """Let the network run on other weights (the EMA) for a while; collective, the master is untouched after."""
+        saved = [master.clone() for master in self.masters()]
+        self._write(replacement)
+        try:
+            yield
+        finally:
+            self._write(saved)
+
+    def _write(self, values: Sequence[Tensor]) -> None:
+        for master, value in zip(self.masters(), values, strict=True):
+            master.copy_(value)
+        self._optimizer.update_lp_params()

@@ -1,0 +1,87 @@
+"""A run's state as checkpoint files, and back at any world size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sdtrain import distributed
+from sdtrain.checkpoints.protocol import Checkpoint
+from sdtrain.checkpoints.recut import KINDS, Layout, read_extra, read_span
+from sdtrain.errors import CheckpointError
+from sdtrain.training.engine import Engine
+
+
+def rank_files(engines: Mapping[str, Engine]) -> dict[str, dict[str, Tensor]]:
+    """Everything that this rank writes: one file per trainable, and one of buffers."""
+    rank = distributed.ranks().rank
+    files = {f"{name}.rank{rank:05d}.safetensors": engine.tensors() for name, engine in engines.items()}
+    extra = {f"{name}/{key}": value for name, engine in engines.items() for key, value in _buffers(engine).items()}
+    return files | {f"extra.rank{rank:05d}.safetensors": extra}
+
+
+def state_facts(engines: Mapping[str, Engine]) -> dict[str, Any]:
+    """What the checkpoint's manifest says of the state; collective, because every rank names its spans."""
+    spans = distributed.gather_objects({name: engine.partitions.spans for name, engine in engines.items()})
+    return {
+        "applied_steps": {name: engine.applied_steps for name, engine in engines.items()},
+        "layouts": {name: engine.partitions.layout.to_json() for name, engine in engines.items()},
+        "spans": {name: [rank[name] for rank in spans] for name in engines},
+        "has_ema": {name: engine.ema is not None for name, engine in engines.items()},
+        "scalers": {name: engine.scaler_state() for name, engine in engines.items()},
+    }
+
+
+def restore(checkpoint: Checkpoint, engines: Mapping[str, Engine]) -> None:
+    """Load a verified checkpoint into the engines, re-cut to this world size; collective.
+
+    Raises:
+        CheckpointError: The checkpoint holds other trainables or other parameters than this run.
+    """
+    facts = checkpoint.manifest
+    _check_layouts(checkpoint, engines)
+    for name, engine in engines.items():
+        kinds = [kind for kind in KINDS if kind != "ema" or engine.ema is not None]
+        if engine.ema is not None and not facts["has_ema"][name]:
+            raise CheckpointError(
+                f"{checkpoint.path}: holds no EMA of {name}, but this run keeps one (section ema). Set `ema: null`, or "
+                "start a new run from these weights."
+            )
+        read = {
+            f"group{group}/{kind}": read_span(checkpoint, name, group, kind, start, stop)
+            for group, (start, stop) in enumerate(engine.partitions.spans)
+            for kind in kinds
+        }
+        engine.restore(read, applied_steps=facts["applied_steps"][name], scaler=facts["scalers"][name])
+    _restore_buffers(checkpoint, engines)
+
+
+def _check_layouts(checkpoint: Checkpoint, engines: Mapping[str, Engine]) -> None:
+    saved = checkpoint.manifest["layouts"]
+    if saved.keys() != engines.keys():
+        raise CheckpointError(f"{checkpoint.path}: holds {sorted(saved)}, this run trains {sorted(engines)}")
+    for name, engine in engines.items():
+        theirs, mine = Layout.from_json(saved[name]), engine.partitions.layout
+        if theirs == mine:
+            continue
+        old = {slot.name: slot for group in theirs.groups for slot in group.slots}
+        new = {slot.name: slot for group in mine.groups for slot in group.slots}
+        odd = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        raise CheckpointError(
+            f"{checkpoint.path}: the parameters of {name} are laid out differently, first {odd[:5] or 'their groups'}. "
+            "The network or optimizer.weight_decay_on changed: start a new run from these weights instead of resuming."
+        )
+
+
+def _buffers(engine: Engine) -> dict[str, Tensor]:
+    parameters = {name for name, _ in engine.module.named_parameters()}
+    return {name: value for name, value in engine.module.state_dict().items() if name not in parameters}
+
+
+def _restore_buffers(checkpoint: Checkpoint, engines: Mapping[str, Engine]) -> None:
+    saved = read_extra(checkpoint, distributed.ranks().rank)
+    for name, engine in engines.items():
+        for key, buffer in _buffers(engine).items():
+            buffer.copy_(saved[f"{name}/{key}"])

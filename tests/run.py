@@ -1,0 +1,27 @@
+"""`make test`: the light tests on all cores, then the heavy ones one at a time.
+
+Two heavy tests at once (two ranks each, or Ray) on a small machine run many times slower than one after the other.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def run(title: str, *arguments: str) -> int:
+    print(f"\n== {title}", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    code = subprocess.call([sys.executable, "-m", "pytest", "-q", *arguments], env=environment)
+    return 0 if code == 5 else code  # 5: no test matched the expression
+
+
+def main() -> int:
+    light = run("light tests, all cores", "-m", "not heavy", "-n", "auto", *sys.argv[1:])
+    heavy = run("heavy tests, one at a time", "-m", "heavy", "--durations=15", *sys.argv[1:])
+    return light or heavy
+
+
+if __name__ == "__main__":
+    sys.exit(main())
