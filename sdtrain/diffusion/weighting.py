@@ -1,0 +1,31 @@
+"""Loss weights per noise level."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sdtrain.diffusion.targets import PredictionType
+
+
+def min_snr(snr: Float[Tensor, " batch"], gamma: float, prediction_type: PredictionType) -> Float[Tensor, " batch"]:
+    """Min-SNR-gamma weight of the mean squared error of a prediction.
+
+    The paper bounds the weight of the clean item's error, min(SNR, gamma). The error of the noise is that of the clean
+    item times SNR, the error of the velocity is that of the clean item times (SNR + 1), so the same objective is
+
+        sample: min(SNR, gamma)   epsilon: min(SNR, gamma) / SNR   v_prediction: min(SNR, gamma) / (SNR + 1)
+
+    Args:
+        snr: alpha_bar / (1 - alpha_bar) at each item's timestep, float32.
+        gamma: The bound, 5 in the paper.
+
+    Source: Hang et al. 2023, arXiv:2303.09556, section 3.4.
+    """
+    match prediction_type:
+        case "sample":
+            return snr.clamp(max=gamma)
+        case "epsilon":
+            return (gamma / snr).clamp(max=1.0)  # no 0/0 where the signal ends
+        case "v_prediction":
+            return snr.clamp(max=gamma) / (snr + 1)
