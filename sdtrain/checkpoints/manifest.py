@@ -127,5 +127,11 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Everything under a final name in `folder`, newest first, damaged ones included; empty if there is no folder."""
     if not folder.is_dir():
         return []
-    found = [Checkpoint.open(path) for path in folder.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda checkpoint: _FOLDER.fullmatch(checkpoint.path.name)[1].zfill(20), reverse=True)
+    names = sorted(
+        (path.name for path in folder.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()), key=_step
+    )
+    return [Checkpoint.open(folder / name) for name in reversed(names)]
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))

@@ -99,9 +99,7 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     offset = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
-            raise TypeError(
-                f"tensor {name!r} has dtype {tensor.dtype}; a checkpoint holds {', '.join(_DTYPES.values())}"
-            )
+            raise TypeError(f"tensor {name!r} has dtype {tensor.dtype}; a file can hold {', '.join(_DTYPES.values())}")
         end = offset + tensor.numel() * tensor.element_size()
         entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
@@ -114,7 +112,7 @@ def _chunks(tensor: Tensor) -> Iterator[memoryview]:
     """The tensor's bytes in pieces of at most `CHUNK_BYTES`, each brought to the host on its own."""
     raw = tensor.detach().reshape(-1).view(torch.uint8)
     for start in range(0, raw.numel(), CHUNK_BYTES):
-        yield memoryview(raw[start : start + CHUNK_BYTES].cpu().numpy())
+        yield raw[start : start + CHUNK_BYTES].cpu().numpy().data
 
 
 def _write_all(handle: int, content: memoryview) -> None:

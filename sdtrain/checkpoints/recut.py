@@ -161,7 +161,7 @@ def read_span(
             filled = high
     if filled != stop:
         raise CheckpointError(
-            f"{checkpoint.path}: {trainable}, group {group}, {kind}: elements {filled} to {stop} stand in no rank's file"
+            f"{checkpoint.path}: {trainable}, group {group}, {kind}: elements {filled} to {stop} are in no rank's file"
         )
     return result
 
@@ -209,7 +209,5 @@ def coverage_problems(checkpoint: Checkpoint) -> list[str]:
         for index, group in enumerate(layout_of(checkpoint, trainable).groups):
             edges = [0, *(edge for groups in written for edge in groups[index]), group.numel]
             if edges[::2] != edges[1::2]:
-                problems.append(
-                    f"{trainable}: the ranks' spans of group {index} do not tile its {group.numel} elements"
-                )
+                problems.append(f"{trainable}: spans of group {index} do not tile its {group.numel} elements")
     return problems
