@@ -1,156 +1,370 @@
 """Stages over numbered files: bounded, retried, committed atomically, remembered in a ledger.
 
-How a stage is written
-----------------------
-A stage is a small frozen dataclass. The driver asks it for its units (one unit = one numbered output); a worker
-process asks it once for its working function and calls that for unit after unit::
-
-    @dataclass(frozen=True)
-    class Uppercase:
-        source: Path                                   # folder of the previous stage
-        folder: Path                                   # OUT/02-uppercase, this stage's own
-        name: str = "uppercase"
-        version: str = "1"                             # raise it when the code's output changes
-        needs: Needs = Needs()
-
-        def config_facts(self) -> dict[str, Any]:      # JSON; a change of it makes every unit run again
-            return {"encoding": "utf-8"}
-
-        def units(self) -> list[Unit]:                 # the previous stage is complete when this is called
-            return one_to_one(self.source, ".txt")     # 00000.txt -> unit 0, 00001.txt -> unit 1, ...
-
-        def worker(self) -> Work:                      # in the worker process, once: load models, install openers here
-            def work(unit: Unit, folder: Path) -> dict[str, Any]:
-                text = unit.inputs[0].read_text()
-                (folder / f"{unit.name}.txt").write_text(text.upper())   # any number of files, all named `unit.name + ...`
-                return {"chars": len(text)}            # JSON and deterministic: no times, no host names
-            return work
-
-        def report(self, stats: Sequence[Mapping[str, Any]]) -> RenderableType | None:
-            return f"{sum(row['chars'] for row in stats)} characters"    # in the driver, after all units, in their order
-
-Rules for workers:
-- Write only into `folder` (a private temporary folder on the same file system). The runner digests, syncs and renames
-  what lies there into `stage.folder` and adds `<unit>.stats.json`; only then the ledger says "done".
-- The same unit gives the same bytes: no clocks, no order of arrival, no dependence on the number of workers.
-- A `SdtrainError` is final (bad data does not heal) and puts the unit on the dead-letter list. Any other exception, and a
-  worker process that dies, is tried again with backoff, `max_attempts` times in all.
-- `needs=Needs(keeps_worker=True, ...)` makes long-lived actors: `worker()` is called once per actor instead of per unit.
+How a stage is written stands in `data_pipeline.stage`.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import heapq
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 
-from data_pipeline.ledger import Commit, DigestCache, Ledger, sha256_json
-from sdtrain.errors import DataError
+from data_pipeline.cluster import Done, Executor, Failed, Pool
+from data_pipeline.ledger import Commit, DigestCache, Ledger
+from data_pipeline.progress import StageProgress
+from data_pipeline.stage import Needs, Stage, Unit, Work, numbered_files, one_to_one
+from sdtrain.errors import DataError, StorageError
 from sdtrain.run_dir import sync_folder, write_atomically
 
+_POLL_SECONDS = 0.5
+_MAX_BACKOFF_SECONDS = 30.0
+_MAX_SHOWN = 5
 
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """One numbered output of a stage and the files that it is made from.
-
-    Attributes:
-        index: Number of the output.
-        inputs: Files that are read; their digests are part of the commit's key.
-        facts: JSON facts beyond the stage's own (a bucket number, a row range); part of the commit's key.
-    """
-
-    index: int
-    inputs: tuple[Path, ...]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The number as it stands in file names: `00000`."""
-        return f"{self.index:05d}"
+__all__ = ["Needs", "Plan", "Runner", "Stage", "Unit", "Work", "choose", "numbered_files", "one_to_one"]
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
-    """What one worker of a stage takes.
+class Plan:
+    """What a run would do for one stage.
 
     Attributes:
-        num_cpus: CPU slots of one worker; at most the run's workers are counted.
-        num_gpus: GPUs of one worker.
-        keeps_worker: Long-lived actors that call `worker()` once, for models and process-wide openers.
-        max_workers: Upper bound for this stage, below the run's number of workers.
-        environment: Variables set in the worker process before it starts.
+        stage: The stage.
+        units: All units, in order.
+        inputs: sha256 by input, by unit name, as they were when the plan was made.
+        reasons: Why a unit must be worked on, by unit name; units that are up to date are not in it.
+        obsolete: Names of committed units that are no longer part of the stage.
     """
 
-    num_cpus: float = 1
-    num_gpus: float = 0
-    keeps_worker: bool = False
-    max_workers: int | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-Work = Callable[[Unit, Path], Mapping[str, Any]]
-
-
-class Stage(Protocol):
-    """What the runner knows of a stage; see the module's docstring for how one is written."""
+    stage: Stage
+    units: tuple[Unit, ...]
+    inputs: Mapping[str, Mapping[str, str]]
+    reasons: Mapping[str, str]
+    obsolete: tuple[str, ...]
 
     @property
-    def name(self) -> str:
-        """What the command line calls it. `dedup-split` runs wherever `dedup` is asked for."""
-        ...
+    def is_current(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.reasons and not self.obsolete
+
+    def summary(self) -> str:
+        """One line: what is up to date, and what is to be done for which reasons."""
+        done = len(self.units) - len(self.reasons)
+        text = f"{self.stage.name}: {done} of {len(self.units)} up to date"
+        counts = Counter(self.reasons.values())
+        shown = [f"{count} {reason}" for reason, count in counts.most_common(_MAX_SHOWN)]
+        if len(counts) > _MAX_SHOWN:
+            shown.append(f"{sum(counts.values()) - sum(n for _, n in counts.most_common(_MAX_SHOWN))} more")
+        if self.obsolete:
+            shown.append(f"{len(self.obsolete)} obsolete, to be removed")
+        return f"{text}; {'; '.join(shown)}" if shown else text
+
+
+class Runner:
+    """Brings stages up to date, one after another.
+
+    Args:
+        output: The folder that all stages write under; holds the lock, the digests and the dead-letter list.
+        executor: Gives each stage its workers.
+        max_attempts: How often a unit is tried before it goes to the dead-letter list.
+        backoff_seconds: Wait before the second attempt; doubles with each further one, up to 30 s.
+        console: Where progress and reports are printed.
+    """
+
+    def __init__(
+        self,
+        *,
+        output: Path,
+        executor: Executor,
+        max_attempts: int = 3,
+        backoff_seconds: float = 1.0,
+        console: Console | None = None,
+    ):
+        self._output = output
+        self._executor = executor
+        self._max_attempts = max_attempts
+        self._backoff_seconds = backoff_seconds
+        self._console = console or Console()
+        self._digests = DigestCache(output / "digests.jsonl")
 
     @property
-    def folder(self) -> Path:
-        """Where its outputs lie."""
-        ...
+    def dead_letter_file(self) -> Path:
+        """The list of units that failed: stage, unit, inputs, error, traceback, attempts."""
+        return self._output / "dead_letter.json"
 
-    @property
-    def version(self) -> str:
-        """Version of the code or model; another one makes every unit run again."""
-        ...
+    def run(self, stages: Sequence[Stage], only: Sequence[str] = ()) -> None:
+        """Bring `stages`, or those that `only` names, up to date.
 
-    @property
-    def needs(self) -> Needs:
-        """What one worker takes."""
-        ...
+        Raises:
+            DataError: Units failed for good (listed in the dead-letter file), a stage before the chosen ones is not up
+                to date, or another run works on the same folder.
+            StorageError: The disk is full or refuses writes.
+        """
+        chosen = choose(stages, only)
+        last = max(index for index, stage in enumerate(stages) if stage.name in chosen)
+        with self._locked():
+            for stage in stages[: last + 1]:
+                plan = self.plan(stage)
+                if stage.name in chosen:
+                    self._run_stage(plan)
+                elif not plan.is_current:
+                    raise DataError(f"stage {stage.name} is not up to date ({plan.summary()}); run it as well")
 
-    def config_facts(self) -> Mapping[str, Any]:
-        """The settings that the output depends on, as JSON."""
-        ...
+    def plan(self, stage: Stage) -> Plan:
+        """Compare a stage's units with its ledger."""
+        ledger = Ledger(stage.folder)
+        units = tuple(stage.units())
+        inputs = {unit.name: self._input_digests(unit) for unit in units}
+        reasons = {}
+        for unit in units:
+            reason = self._reason(stage, unit, inputs[unit.name], ledger.get(unit.name))
+            if reason is not None:
+                reasons[unit.name] = reason
+        planned = {unit.name for unit in units}
+        return Plan(stage, units, inputs, reasons, tuple(sorted(_present_units(stage.folder, ledger) - planned)))
 
-    def units(self) -> Sequence[Unit]:
-        """All units, from the complete outputs of the stages before. DataError where there is nothing to do."""
-        ...
+    def _reason(self, stage: Stage, unit: Unit, inputs: Mapping[str, str], commit: Commit | None) -> str | None:
+        """Why a unit must be worked on; None where its commit still holds."""
+        if commit is None:
+            return "new"
+        if commit.version != stage.version:
+            return f"of another version ({commit.version} -> {stage.version})"
+        changes = _differences(dict(commit.facts), _facts(stage, unit))
+        if changes:
+            return f"with changed settings ({', '.join(changes)})"
+        if list(inputs.values()) != list(commit.inputs.values()):
+            return "with changed input"
+        for name, sha256 in commit.files.items():
+            path = stage.folder / name
+            if not path.exists():
+                return "with a missing output"
+            if self._digests.sha256(path) != sha256:
+                return "with a damaged output"
+        return None
 
-    def worker(self) -> Work:
-        """The working function; called in the worker process."""
-        ...
+    def _input_digests(self, unit: Unit) -> dict[str, str]:
+        digests = {}
+        for path in unit.inputs:
+            name = path.relative_to(self._output) if path.is_relative_to(self._output) else path
+            digests[str(name)] = self._digests.sha256(path)
+        return digests
 
-    def report(self, stats: Sequence[Mapping[str, Any]]) -> RenderableType | None:
-        """Called in the driver when all units stand, with their stats in order; what it returns is printed."""
-        ...
+    def _run_stage(self, plan: Plan) -> None:
+        stage = plan.stage
+        self._console.print(plan.summary(), highlight=False, markup=False)
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        _sweep(stage.folder)
+        ledger = Ledger(stage.folder)
+        for name in plan.obsolete:
+            _remove_unit(stage.folder, ledger, name)
+        if plan.reasons:
+            self._work(plan, ledger)
+        self._forget_failures(stage.name)
+        stats = [_commit_of(ledger, unit).stats for unit in plan.units]
+        report = stage.report(stats)
+        if report is not None:
+            self._console.print(report, highlight=False, markup=False)
+
+    def _work(self, plan: Plan, ledger: Ledger) -> None:
+        """Keep the stage's workers busy until every unit is committed or dead."""
+        todo = [unit for unit in plan.units if unit.name in plan.reasons]
+        attempts: Counter[str] = Counter()
+        waiting = [(0.0, unit.index, unit) for unit in todo]  # a heap by (not before, number)
+        failures: list[tuple[Unit, Failed]] = []
+        in_flight = 0
+        with ExitStack() as stack:
+            pool = stack.enter_context(self._executor.pool(plan.stage, len(todo)))
+            done = len(plan.units) - len(todo)
+            progress = stack.enter_context(StageProgress(self._console, plan.stage.name, len(plan.units), done))
+            while waiting or in_flight:
+                in_flight += self._submit(pool, plan.stage, waiting, attempts, in_flight)
+                for unit, outcome in pool.wait(_POLL_SECONDS):
+                    in_flight -= 1
+                    if isinstance(outcome, Done):
+                        self._commit(plan, unit, outcome, ledger, attempts[unit.name])
+                        progress.advance()
+                    elif outcome.is_final or attempts[unit.name] >= self._max_attempts:
+                        failures.append((unit, outcome))
+                        progress.advance(failed=True)
+                    else:
+                        delay = min(self._backoff_seconds * 2 ** (attempts[unit.name] - 1), _MAX_BACKOFF_SECONDS)
+                        heapq.heappush(waiting, (time.monotonic() + delay, unit.index, unit))
+                if any(outcome.is_storage for _, outcome in failures):
+                    break  # every other unit would meet the same full disk
+        _sweep(plan.stage.folder)
+        if failures:
+            self._give_up(plan.stage, sorted(failures, key=lambda item: item[0].index), len(plan.units), attempts)
+
+    def _submit(
+        self, pool: Pool, stage: Stage, waiting: list[tuple[float, int, Unit]], attempts: Counter[str], in_flight: int
+    ) -> int:
+        """Fill the pool with units whose time has come; returns how many were started."""
+        started = 0
+        while waiting and in_flight + started < pool.capacity and waiting[0][0] <= time.monotonic():
+            unit = heapq.heappop(waiting)[2]
+            attempts[unit.name] += 1
+            pool.submit(unit, _temporary_folder(stage.folder, unit, attempts[unit.name]))
+            started += 1
+        return started
+
+    def _commit(self, plan: Plan, unit: Unit, done: Done, ledger: Ledger, attempt: int) -> None:
+        """Rename the unit's files into place, then write the ledger row: only the row says that they count."""
+        stage = plan.stage
+        temporary = _temporary_folder(stage.folder, unit, attempt)
+        previous = ledger.get(unit.name)
+        try:
+            for name in done.files:
+                (temporary / name).replace(stage.folder / name)
+            for name in set(previous.files if previous else ()) - set(done.files):
+                (stage.folder / name).unlink(missing_ok=True)
+            temporary.rmdir()
+            sync_folder(stage.folder)
+            for name, sha256 in done.files.items():
+                self._digests.remember(stage.folder / name, sha256)
+            commit = Commit(
+                unit=unit.name,
+                inputs=plan.inputs[unit.name],
+                facts=_facts(stage, unit),
+                version=stage.version,
+                files=done.files,
+                stats=done.stats,
+                seconds=round(done.seconds, 3),
+            )
+            ledger.add(commit)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            raise StorageError(f"{stage.folder}: cannot commit unit {unit.name}: {error.strerror}") from error
+
+    def _give_up(self, stage: Stage, failures: list[tuple[Unit, Failed]], total: int, attempts: Counter[str]) -> None:
+        """Write the dead-letter list and stop.
+
+        Raises:
+            DataError: Always, unless the disk is at fault.
+            StorageError: The disk is full or refuses writes.
+        """
+        full = next(((unit, failed) for unit, failed in failures if failed.is_storage), None)
+        if full is not None:
+            raise StorageError(
+                f"{stage.folder}: cannot write unit {full[0].name}: {full[1].message}; make room, run again"
+            )
+        dead = [
+            {
+                "stage": stage.name,
+                "unit": unit.name,
+                "inputs": [str(path) for path in unit.inputs],
+                "error": failed.message,
+                "traceback": failed.details,
+                "attempts": attempts[unit.name],
+            }
+            for unit, failed in failures
+        ]
+        self._write_failures([*self._failures_of_others(stage.name), *dead])
+        lines = [f"  {unit.name}: {failed.message}" for unit, failed in failures[:_MAX_SHOWN]]
+        if len(failures) > _MAX_SHOWN:
+            lines.append(f"  and {len(failures) - _MAX_SHOWN} more")
+        raise DataError(
+            f"stage {stage.name}: {len(failures)} of {total} units failed\n"
+            + "\n".join(lines)
+            + f"\nall are listed in {self.dead_letter_file}; running again tries only what is missing"
+        )
+
+    def failures(self) -> list[dict[str, Any]]:
+        """The dead-letter list as it stands."""
+        if not self.dead_letter_file.exists():
+            return []
+        return json.loads(self.dead_letter_file.read_text(encoding="utf-8"))
+
+    def _failures_of_others(self, stage_name: str) -> list[dict[str, Any]]:
+        return [row for row in self.failures() if row["stage"] != stage_name]
+
+    def _forget_failures(self, stage_name: str) -> None:
+        others = self._failures_of_others(stage_name)
+        if len(others) != len(self.failures()):
+            self._write_failures(others)
+
+    def _write_failures(self, rows: list[dict[str, Any]]) -> None:
+        write_atomically(self.dead_letter_file, json.dumps(rows, indent=2) + "\n")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep a second run out of the same folder; the lock ends with the process, however it ends."""
+        self._output.mkdir(parents=True, exist_ok=True)
+        with open(self._output / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"{self._output}: another run works on this folder; wait for it or stop it") from None
+            yield
 
 
-def numbered_files(folder: Path, suffix: str) -> list[Path]:
-    """`00000<suffix>`, `00001<suffix>`, ... of a folder, in order."""
-    return sorted(path for path in folder.glob(f"*{suffix}") if path.name.removesuffix(suffix).isdecimal())
-
-
-def one_to_one(folder: Path, suffix: str) -> list[Unit]:
-    """One unit for each numbered file of the previous stage, with the same number.
+def choose(stages: Sequence[Stage], only: Sequence[str]) -> set[str]:
+    """Names of the stages that `only` asks for (`dedup` takes `dedup-split` too); all where it is empty.
 
     Raises:
-        DataError: The folder holds no numbered file.
+        DataError: A name fits no stage.
     """
-    files = numbered_files(folder, suffix)
-    if not files:
-        raise DataError(f"{folder} holds no numbered {suffix} file; run the stage that writes it first")
-    return [Unit(int(path.name.removesuffix(suffix)), (path,)) for path in files]
+    chosen = set()
+    for wanted in only:
+        fits = {stage.name for stage in stages if stage.name == wanted or stage.name.startswith(f"{wanted}-")}
+        if not fits:
+            names = ", ".join(stage.name for stage in stages)
+            raise DataError(f"there is no stage {wanted!r}; stages of this configuration: {names}")
+        chosen |= fits
+    return chosen if only else {stage.name for stage in stages}
+
+
+def _temporary_folder(folder: Path, unit: Unit, attempt: int) -> Path:
+    return folder / f".tmp-{unit.name}-{os.getpid()}-{attempt}"
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed runs and failed attempts left behind."""
+    for path in folder.glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _present_units(folder: Path, ledger: Ledger) -> set[str]:
+    """Units of the ledger, and numbered files that a killed run renamed but did not record."""
+    strays = {path.name.split(".")[0] for path in folder.glob("[0-9]*.*")}
+    return set(ledger.commits()) | {name for name in strays if name.isdecimal()}
+
+
+def _remove_unit(folder: Path, ledger: Ledger, name: str) -> None:
+    for path in folder.glob(f"{name}.*"):
+        path.unlink()
+    ledger.remove(name)
+
+
+def _commit_of(ledger: Ledger, unit: Unit) -> Commit:
+    commit = ledger.get(unit.name)
+    assert commit is not None, f"unit {unit.name} ended neither committed nor failed"
+    return commit
+
+
+def _facts(stage: Stage, unit: Unit) -> dict[str, Any]:
+    """The facts of a commit's key, as they look after a round trip through JSON."""
+    return json.loads(json.dumps({**stage.config_facts(), **unit.facts}))
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key before -> after` for every leaf that differs."""
+    found = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} {old} -> {new}")
+    return found
