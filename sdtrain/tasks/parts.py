@@ -1,0 +1,123 @@
+"""What tasks ask of the networks that they are given, and the small things that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from sdtrain.errors import DataError
+from sdtrain.records import Batch, Conditioning
+
+
+class Conditioner(Protocol):
+    """A field of the shards -> conditioning."""
+
+    def __call__(self, field: Tensor, /) -> Conditioning:
+        """Conditioning of every item."""
+        ...
+
+    def null(self, batch: int, /) -> Conditioning:
+        """The dropped condition, `batch` times."""
+        ...
+
+
+class Autoencoder(Protocol):
+    """Images <-> latents; see `sdtrain.autoencoders`."""
+
+    def encode(self, images: Tensor, /) -> Tensor:
+        """Images in [-1, 1] -> moments, mean and log-variance stacked along the channels."""
+        ...
+
+    def decode(self, raw_latents: Tensor, /) -> Tensor:
+        """Raw latents -> images."""
+        ...
+
+    def posterior_sample(self, moments: Tensor, noise: Tensor, /) -> Tensor:
+        """mean + std * noise."""
+        ...
+
+    def posterior_mean(self, moments: Tensor, /) -> Tensor:
+        """The mean alone."""
+        ...
+
+    def kl(self, moments: Tensor, /) -> Tensor:
+        """(batch,) divergence from the standard normal, summed over all latent dimensions, in nats."""
+        ...
+
+    def scale(self, raw_latents: Tensor, /) -> Tensor:
+        """Raw latents -> latents of unit variance."""
+        ...
+
+    def unscale(self, latents: Tensor, /) -> Tensor:
+        """Back again."""
+        ...
+
+
+def as_module(part: object) -> nn.Module:
+    """The network behind a protocol, as torch's own type."""
+    assert isinstance(part, nn.Module), f"{type(part).__name__} is no torch module"
+    return part
+
+
+def working_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that a network computes in: that of its first parameter."""
+    return next(module.parameters()).dtype
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a network lives."""
+    return next(module.parameters()).device
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Whether a loss updates any of the module's parameters."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """The module in evaluation mode and without gradients."""
+    return module.eval().requires_grad_(False)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout; every submodule gets back the mode that it had."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def field(batch: Batch, name: str, task: str) -> Tensor:
+    """A field of the batch.
+
+    Raises:
+        DataError: the shards do not hold it.
+    """
+    if name not in batch.fields:
+        found = ", ".join(sorted(batch.fields)) or "none"
+        raise DataError(
+            f"task {task} needs the field {name!r} of every sample; fields found: {found}. "
+            "Run the ingestion stage that writes it, or train another task on this manifest"
+        )
+    return batch.fields[name]
+
+
+def to_images(pixels: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+    """Pixels 0-255 -> images in [-1, 1], float32."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def per_sample_mean(values: Float[Tensor, "batch channels height width"]) -> Float[Tensor, " batch"]:
+    """Mean over everything but the batch."""
+    return values.flatten(1).mean(1)
