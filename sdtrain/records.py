@@ -85,6 +85,7 @@ class Batch:
         normals: (batch, *shape) float32 standard normal draws by name.
         uniforms: (batch,) float64 draws in [0, 1) by name.
         weights: (batch,) float32; 0 marks a tombstone (unreadable sample, fields are zeros).
+        errors: One line for every sample that could not be read: its key and why.
     """
 
     keys: tuple[str, ...]
@@ -93,6 +94,7 @@ class Batch:
     normals: dict[str, Tensor]
     uniforms: dict[str, Tensor]
     weights: Tensor
+    errors: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -58,7 +58,7 @@ def uniforms(seed: int, stream: str, position: int, count: int = 1) -> Float64[n
     return (philox_bits(seed, stream, position, count) >> np.uint64(11)) * _UNIT_53
 
 
-def normals(seed: int, stream: str, position: int, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
+def normals(seed: int, stream: str, position: int, shape: tuple[int, ...]) -> Float32[np.ndarray, "*shape"]:
     """Standard normal draws by Box-Muller, computed in float64 and rounded once to float32.
 
     The last bit of float64 `log`, `cos` and `sin` may differ between CPUs; the rounding hides it all but always.

@@ -1,0 +1,188 @@
+"""The data set of a run: global position -> sample, without any state that training depends on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from sdtrain.data.lru import Lru
+from sdtrain.data.manifest import Manifest, ShardEntry, read_takedown
+from sdtrain.data.plan import Order
+from sdtrain.data.randomness import normals, uniforms
+from sdtrain.data.shard import ShardReader
+from sdtrain.errors import DataError
+from sdtrain.records import DrawSpec
+
+FIELD_TYPES: Mapping[str, type[np.generic]] = {
+    "moments": np.float16,
+    "tokens": np.int64,
+    "pixels": np.uint8,
+    "attributes": np.int8,
+}
+"""What a field of a batch is made of, by its name in the batch."""
+
+MAX_OPEN_SHARDS = 64
+
+
+@dataclass(slots=True)
+class Sample:
+    """One sample: what was read and what was drawn for its position.
+
+    Attributes:
+        key: Sample key; for an unreadable shard its path and the place in it.
+        position: Global position in the order of the run.
+        fields: Name in the batch -> array; zeros for a tombstone.
+        normals: Name -> float32 standard normal draw.
+        uniforms: Name -> draw in [0, 1).
+        weight: 1, or 0 for a tombstone.
+        error: Why the sample is a tombstone, with its key; None for a sample that was read or was taken down.
+    """
+
+    key: str
+    position: int
+    fields: dict[str, np.ndarray[Any, np.dtype[Any]]]
+    normals: dict[str, np.ndarray[Any, np.dtype[np.float32]]]
+    uniforms: dict[str, float]
+    weight: float = 1.0
+    error: str | None = None
+
+
+class ShardDataset(Dataset[Sample]):
+    """Reads the sample at a global position and draws what its task asked for.
+
+    Everything is a pure function of the position: any number of ranks and workers sees the same samples with the same
+    draws. Shards are opened when first read, in the process that reads them. A sample that cannot be read becomes a
+    tombstone (zeros, weight 0) and never moves another one; keys on the take-down list become tombstones as well, but
+    are no errors.
+
+    Args:
+        manifest_path: The manifest; its take-down list is read once, here.
+        split: Split of the manifest.
+        fields: Name in the batch (`moments`, `tokens`, `pixels`, `attributes`) -> name in the shards
+            (`moments.npy`, `tokens.npy`, `jpg`, `attributes.npy`).
+        order: The order of this split, see `plan.order_of`.
+        seed: Seed of the draws.
+        draws: What is drawn per sample; each draw's name is its random stream.
+        max_open_shards: Files that one process keeps open; at least the order's window, or windows thrash.
+
+    Raises:
+        DataError: The split lacks a field or its shape, or the order is of another number of samples.
+        ValueError: An unknown name in `fields`, or two draws of one name.
+    """
+
+    def __init__(
+        self,
+        *,
+        manifest_path: Path,
+        split: str,
+        fields: Mapping[str, str],
+        order: Order,
+        seed: int,
+        draws: DrawSpec,
+        max_open_shards: int = MAX_OPEN_SHARDS,
+    ) -> None:
+        self.manifest = Manifest.load(manifest_path)
+        self.split = split
+        self.order = order
+        self._shards = self.manifest.split(split)
+        self._fields = dict(fields)
+        self._shapes = _field_shapes(self.manifest, split, self._fields)
+        self._seed = seed
+        self._draws = draws
+        self._taken_down = read_takedown(self.manifest)
+        self._max_open_shards = max_open_shards
+        self._readers: Lru[int, ShardReader] | None = None
+        self._process = -1
+        _check_draws(draws)
+        if self.manifest.num_samples(split) != order.num_samples:
+            raise DataError(
+                f"{manifest_path}: split {split!r} has {self.manifest.num_samples(split)} samples, "
+                f"the order was made for {order.num_samples}; make it with plan.order_of"
+            )
+
+    def __len__(self) -> int:
+        """Samples of one epoch; positions run on beyond it."""
+        return self.order.num_samples
+
+    def __getitem__(self, position: int) -> Sample:
+        place = self.order.sample_at(position)
+        sample = Sample(
+            key=f"{self._shards[place.shard].path}#{place.sample}",
+            position=position,
+            fields={},
+            normals={name: normals(self._seed, name, position, shape) for name, shape in self._draws.normals.items()},
+            uniforms={name: float(uniforms(self._seed, name, position)[0]) for name in self._draws.uniforms},
+        )
+        try:
+            self._read(sample, place.shard, place.sample)
+        except DataError as error:
+            sample.error = f"{sample.key}: {error}"
+            self._bury(sample)
+        return sample
+
+    def _read(self, sample: Sample, shard: int, place: int) -> None:
+        reader = self._reader(shard)
+        sample.key = reader.keys[place]
+        if sample.key in self._taken_down:
+            self._bury(sample)
+            return
+        for name, stored in self._fields.items():
+            value = reader.decode(place, stored)
+            if not isinstance(value, np.ndarray) or value.shape != self._shapes[name]:
+                found = getattr(value, "shape", type(value).__name__)
+                raise DataError(f"{reader.path}: field {stored!r} is {found}, the manifest says {self._shapes[name]}")
+            sample.fields[name] = value.astype(FIELD_TYPES[name], copy=False)
+
+    def _bury(self, sample: Sample) -> None:
+        sample.fields = {name: np.zeros(shape, FIELD_TYPES[name]) for name, shape in self._shapes.items()}
+        sample.weight = 0.0
+
+    def _reader(self, shard: int) -> ShardReader:
+        if self._readers is None or self._process != os.getpid():  # a forked worker opens files of its own
+            self._readers = Lru(self._max_open_shards, on_drop=ShardReader.close)
+            self._process = os.getpid()
+        return self._readers.get(shard, lambda: self.manifest.open_shard(self._shards[shard]))
+
+    def close(self) -> None:
+        """Close the files that this process opened."""
+        if self._readers is not None and self._process == os.getpid():
+            self._readers.clear()
+        self._readers = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_readers": None, "_process": -1}
+
+
+def _field_shapes(manifest: Manifest, split: str, fields: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    unknown = sorted(set(fields) - set(FIELD_TYPES))
+    if unknown:
+        raise ValueError(f"batch fields {unknown} are unknown; known are {sorted(FIELD_TYPES)}")
+    shapes = {}
+    for name, stored in fields.items():
+        _check_present(manifest, manifest.split(split), stored)
+        if stored not in manifest.field_shapes:
+            raise DataError(
+                f"{manifest.path}: no shape of field {stored!r} in field_shapes, which has "
+                f"{sorted(manifest.field_shapes)}; samples without one shape cannot be stacked"
+            )
+        shapes[name] = tuple(manifest.field_shapes[stored])
+    return shapes
+
+
+def _check_present(manifest: Manifest, shards: list[ShardEntry], stored: str) -> None:
+    for shard in shards:
+        if shard.num_samples and stored not in shard.fields:
+            raise DataError(f"{manifest.path}: shard {shard.path} has no field {stored!r}; it has {list(shard.fields)}")
+
+
+def _check_draws(draws: DrawSpec) -> None:
+    names = [*draws.normals, *draws.uniforms]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"draws {twice} are named twice; equal names would be equal random numbers")

@@ -1,0 +1,203 @@
+"""Batches in the order of the run: torch's DataLoader over a plan of positions, with any number of workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from sdtrain.data.dataset import Sample, ShardDataset
+from sdtrain.data.plan import rank_slice
+from sdtrain.errors import ConfigError
+from sdtrain.records import Batch
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples into a micro-batch; draws and fields keep their types."""
+    first = samples[0]
+    return Batch(
+        keys=tuple(sample.key for sample in samples),
+        positions=torch.tensor([sample.position for sample in samples], dtype=torch.int64),
+        fields={name: _stack([sample.fields[name] for sample in samples]) for name in first.fields},
+        normals={name: _stack([sample.normals[name] for sample in samples]) for name in first.normals},
+        uniforms={
+            name: torch.tensor([sample.uniforms[name] for sample in samples], dtype=torch.float64)
+            for name in first.uniforms
+        },
+        weights=torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
+        errors=tuple(sample.error for sample in samples if sample.error is not None),
+    )
+
+
+def _stack(arrays: Sequence[np.ndarray[Any, np.dtype[Any]]]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(arrays))
+
+
+def _collate_plain(samples: Sequence[Sample]) -> dict[str, Any]:
+    """The batch as a plain mapping, which DataLoader can put into pinned memory; it does not look into records."""
+    batch = collate(samples)
+    return {part.name: getattr(batch, part.name) for part in fields(Batch)}
+
+
+def _as_batch(plain: dict[str, Any]) -> Batch:
+    return Batch(**(plain | {name: tuple(plain[name]) for name in ("keys", "errors")}))  # pinning makes lists of tuples
+
+
+def _leave_with_parent() -> None:
+    """Heed SIGTERM from the parent only: a scheduler signals every process of a job, and the rank must still save."""
+    while True:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+        if sender == os.getppid():
+            os._exit(0)
+
+
+def _start_worker(_: int) -> None:
+    """Set up a data worker: one thread, and deaf to the signals that a scheduler means for its rank."""
+    torch.set_num_threads(1)
+    for ignored in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(ignored, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_leave_with_parent, daemon=True, name="leave-with-parent").start()
+
+
+class _Positions(Iterable[list[int]]):
+    """A batch sampler: the positions of each batch, made anew for every pass."""
+
+    def __init__(self, make: Callable[[], Iterator[range]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(positions) for positions in self._make())
+
+
+def _data_loader(
+    dataset: ShardDataset, plan: Callable[[], Iterator[range]], *, num_workers: int, prefetch: int, persistent: bool
+) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        batch_sampler=_Positions(plan),
+        num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
+        persistent_workers=persistent and num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=_collate_plain,
+        worker_init_fn=_start_worker,
+    )
+
+
+def train_loader(
+    dataset: ShardDataset,
+    *,
+    start_step: int,
+    max_steps: int,
+    batch_size: int,
+    micro_batch_size: int,
+    world_size: int,
+    rank: int,
+    num_workers: int,
+    prefetch: int,
+) -> Iterator[tuple[int, int, Batch]]:
+    """This rank's micro-batches from `start_step` up to, and without, `max_steps`.
+
+    Step s takes the positions [s * batch_size, (s + 1) * batch_size) of the order; nothing else is carried over, so a
+    resumed run goes on at `start_step` = steps taken, at any world size. Close the iterator to stop its workers.
+
+    Args:
+        batch_size: Global batch.
+        micro_batch_size: Per rank; batch_size = micro_batch_size x accumulation x world_size.
+        num_workers: Processes that read ahead; 0 reads in this process. Does not change what comes out.
+        prefetch: Micro-batches that each worker reads ahead.
+
+    Yields:
+        (step, micro_step, batch); steps are counted from 0.
+
+    Raises:
+        ConfigError: batch_size does not divide into micro-batches and ranks.
+    """
+    per_pass = micro_batch_size * world_size
+    if per_pass < 1 or batch_size < 1 or batch_size % per_pass:
+        raise ConfigError(
+            f"data.batch_size {batch_size} is not a multiple of data.micro_batch_size {micro_batch_size} x "
+            f"{world_size} ranks = {per_pass}; change one of the three"
+        )
+    grad_accum_steps = batch_size // per_pass
+
+    def places() -> Iterator[tuple[int, int]]:
+        return ((step, micro) for step in range(start_step, max_steps) for micro in range(grad_accum_steps))
+
+    def plan() -> Iterator[range]:
+        for step, micro in places():
+            yield rank_slice(
+                step=step,
+                batch_size=batch_size,
+                world_size=world_size,
+                rank=rank,
+                grad_accum_steps=grad_accum_steps,
+                micro_step=micro,
+            )
+
+    loader = _data_loader(dataset, plan, num_workers=num_workers, prefetch=prefetch, persistent=False)
+
+    def batches() -> Iterator[tuple[int, int, Batch]]:
+        for (step, micro), plain in zip(places(), loader, strict=True):
+            yield step, micro, _as_batch(plain)
+
+    return batches()
+
+
+class ValidationLoader:
+    """The same batches with the same draws at every pass; its workers live from the first pass until `close`."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader: DataLoader[Any] | None = loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._loader is None:
+            raise ValueError("the validation loader is closed")
+        return map(_as_batch, self._loader)
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._loader = None
+
+
+def validation_loader(
+    dataset: ShardDataset,
+    *,
+    num_samples: int,
+    batch_size: int,
+    world_size: int,
+    rank: int,
+    num_workers: int,
+    prefetch: int,
+) -> ValidationLoader:
+    """This rank's part of the positions 0 .. num_samples - 1, in order; parts differ by at most one sample.
+
+    Args:
+        dataset: Over an order made with `shuffle=False`.
+        num_samples: Of all ranks together.
+        batch_size: Per rank; the last batch may be smaller.
+
+    Raises:
+        ConfigError: num_samples is not within the split, which would count samples twice.
+    """
+    if not 1 <= num_samples <= len(dataset):
+        raise ConfigError(
+            f"validation.num_samples is {num_samples}; split {dataset.split!r} of {dataset.manifest.path} "
+            f"allows 1 to {len(dataset)}"
+        )
+    if batch_size < 1:
+        raise ConfigError(f"validation.batch_size is {batch_size}; at least 1 is needed")
+    first, end = (num_samples * edge // world_size for edge in (rank, rank + 1))
+
+    def plan() -> Iterator[range]:
+        return (range(start, min(start + batch_size, end)) for start in range(first, end, batch_size))
+
+    return ValidationLoader(_data_loader(dataset, plan, num_workers=num_workers, prefetch=prefetch, persistent=True))

@@ -1,0 +1,349 @@
+"""The immutable list of shards that a run trains on, with digests and the facts that they were made with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sdtrain.data.shard import ShardReader, index_path, read_index
+from sdtrain.errors import DataError
+from sdtrain.run_dir import write_atomically
+
+MANIFEST_VERSION = 1
+_ABSENT = "absent"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """One shard of the data set.
+
+    Attributes:
+        path: Relative to the manifest's folder, with forward slashes.
+        split: `train`, `validation`, ...
+        num_samples: Samples in the tar.
+        size_bytes: Size of the tar.
+        sha256: Digest of the tar.
+        index_sha256: Digest of its sidecar.
+        fields: Field names in the shard, sorted.
+    """
+
+    path: str
+    split: str
+    num_samples: int
+    size_bytes: int
+    sha256: str
+    index_sha256: str
+    fields: tuple[str, ...]
+
+
+def describe_shard(path: Path, *, split: str, folder: Path) -> ShardEntry:
+    """The entry of a written shard, from its sidecar; the tar itself is not read again.
+
+    Args:
+        path: The tar, somewhere below `folder`.
+        split: What it is for.
+        folder: Where the manifest will stand.
+
+    Raises:
+        DataError: No valid sidecar, or the shard is not below the folder.
+    """
+    index = read_index(path)
+    try:
+        relative = path.resolve().relative_to(folder.resolve())
+    except ValueError as error:
+        raise DataError(f"{path}: the shard must lie below the manifest's folder {folder}") from error
+    return ShardEntry(
+        path=relative.as_posix(),
+        split=split,
+        num_samples=len(index.keys),
+        size_bytes=index.size_bytes,
+        sha256=index.sha256,
+        index_sha256=hashlib.sha256(index_path(path).read_bytes()).hexdigest(),
+        fields=tuple(sorted(index.fields)),
+    )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set: nothing in it changes once it is written, and its digest names it.
+
+    Attributes:
+        path: Where the manifest stands; not part of its content, so a data set can be moved.
+        shards: Sorted by split and path.
+        fingerprint: What the shards were made with: autoencoder, tokenizer, transform.
+        field_shapes: Field name -> shape of one decoded sample, for the fields that stack.
+    """
+
+    path: Path
+    shards: tuple[ShardEntry, ...]
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    field_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the shards' paths start from."""
+        return self.path.parent
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of the canonical content."""
+        return _digest(self.content())
+
+    def content(self) -> dict[str, Any]:
+        """What the file holds, as plain values."""
+        return {
+            "version": MANIFEST_VERSION,
+            "shards": [asdict(shard) | {"fields": list(shard.fields)} for shard in self.shards],
+            "fingerprint": dict(self.fingerprint),
+            "field_shapes": {name: list(shape) for name, shape in self.field_shapes.items()},
+        }
+
+    def split(self, name: str) -> list[ShardEntry]:
+        """The shards of a split.
+
+        Raises:
+            DataError: There are none.
+        """
+        shards = [shard for shard in self.shards if shard.split == name]
+        if not shards:
+            known = sorted({shard.split for shard in self.shards})
+            raise DataError(f"{self.path}: no split {name!r}; it has {known}")
+        return shards
+
+    def num_samples(self, split: str) -> int:
+        """Samples of a split."""
+        return sum(shard.num_samples for shard in self.split(split))
+
+    def shard_path(self, shard: ShardEntry) -> Path:
+        """Where a shard lies on this machine."""
+        return self.folder / shard.path
+
+    def open_shard(self, shard: ShardEntry) -> ShardReader:
+        """A reader whose index is the one that the manifest names.
+
+        Raises:
+            DataError: The shard is missing, damaged, or has another number of samples.
+        """
+        reader = ShardReader(self.shard_path(shard), index_sha256=shard.index_sha256)
+        if len(reader) != shard.num_samples:
+            reader.close()
+            raise DataError(f"{reader.path}: {len(reader)} samples found, {self.path} says {shard.num_samples}")
+        return reader
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read a manifest and check its digest.
+
+        Raises:
+            DataError: Missing, damaged, edited by hand, of another version, or with paths that leave its folder.
+        """
+        try:
+            page = json.loads(Path(path).read_bytes())
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot read the manifest: {error.strerror}; check data.manifest, or build the data first"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: the manifest is not JSON: {error}") from error
+        try:
+            manifest = cls._from_content(Path(path), page)
+            stated = page["sha256"]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(f"{path}: not a valid manifest ({type(error).__name__}: {error})") from error
+        if manifest.sha256 != stated:
+            raise DataError(
+                f"{path}: content has sha256 {manifest.sha256}, the file says {stated}; manifests are never edited, "
+                "write a new one"
+            )
+        return manifest
+
+    @classmethod
+    def _from_content(cls, path: Path, page: Mapping[str, Any]) -> Manifest:
+        if page["version"] != MANIFEST_VERSION:
+            raise ValueError(f"version {page['version']!r} found, {MANIFEST_VERSION} is read")
+        shards = tuple(ShardEntry(**(row | {"fields": tuple(row["fields"])})) for row in page["shards"])
+        _check_shards(shards)
+        shapes = {name: tuple(shape) for name, shape in page["field_shapes"].items()}
+        return cls(path, shards, page["fingerprint"], shapes)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check_shards(shards: Sequence[ShardEntry]) -> None:
+    seen: set[str] = set()
+    for shard in shards:
+        parts = PurePosixPath(shard.path)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise ValueError(f"shard path {shard.path!r} leaves the manifest's folder")
+        if shard.path in seen:
+            raise ValueError(f"shard {shard.path!r} is listed twice")
+        if shard.num_samples < 0:
+            raise ValueError(f"shard {shard.path!r} has {shard.num_samples} samples")
+        seen.add(shard.path)
+
+
+def write_manifest(
+    path: Path,
+    shards: Sequence[ShardEntry],
+    *,
+    fingerprint: Mapping[str, Any],
+    field_shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Manifest:
+    """Write a manifest once; writing the same content again does nothing.
+
+    Args:
+        path: Usually `<data set>/manifest.json`; the shards lie below its folder.
+        shards: In any order; they are sorted, so the digest does not depend on who finished first.
+        fingerprint: Plain values: what the shards were made with.
+        field_shapes: Shape of one sample by field; None reads it off the first sample.
+
+    Raises:
+        DataError: Another manifest stands there already, or the shards do not fit together.
+    """
+    ordered = tuple(sorted(shards, key=lambda shard: (shard.split, shard.path)))
+    try:
+        _check_shards(ordered)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+    plain = json.loads(json.dumps(dict(fingerprint)))  # what a reader will see: lists for tuples
+    manifest = Manifest(path, ordered, plain)
+    if field_shapes is None:
+        field_shapes = _shapes_of_first_sample(manifest)
+    manifest = Manifest(path, ordered, plain, {name: tuple(shape) for name, shape in field_shapes.items()})
+    if path.exists():
+        if Manifest.load(path).sha256 != manifest.sha256:
+            raise DataError(f"{path}: another manifest stands here, and manifests never change; choose a new folder")
+        return manifest
+    page = manifest.content() | {"sha256": manifest.sha256}
+    write_atomically(path, json.dumps(page, indent=1, sort_keys=True) + "\n")
+    return manifest
+
+
+def _shapes_of_first_sample(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    for shard in manifest.shards:
+        if shard.num_samples > 0:
+            with manifest.open_shard(shard) as reader:
+                values = {name: reader.decode(0, name) for name in reader.fields}
+            return {name: value.shape for name, value in values.items() if isinstance(value, np.ndarray)}
+    return {}
+
+
+def _flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def check_fingerprint(manifest: Manifest, expected: Mapping[str, Any]) -> None:
+    """Refuse shards that were made with another autoencoder, tokenizer or transform than the recipe's.
+
+    Args:
+        expected: What the recipe needs, nested as in the manifest; facts that it does not name are not compared.
+
+    Raises:
+        DataError: Names each fact that differs, as found and as expected.
+    """
+    found, wanted = _flatten(manifest.fingerprint), _flatten(json.loads(json.dumps(dict(expected))))
+    lines = [
+        f"  {name}: found {found.get(name, _ABSENT)!r}, expected {value!r}"
+        for name, value in sorted(wanted.items())
+        if name not in found or found[name] != value
+    ]
+    if lines:
+        raise DataError(
+            "\n".join([f"{manifest.path}: the shards were made with other parts than this recipe's:", *lines])
+            + "\nMake the shards again with the recipe's parts, or point data.manifest at shards that fit."
+        )
+
+
+def verify(manifest: Manifest, *, deep: bool = False) -> None:
+    """Check that every shard is there.
+
+    Args:
+        deep: Also read every byte and compare the digests; otherwise existence and sizes.
+
+    Raises:
+        DataError: Lists every shard that is missing or damaged.
+    """
+    problems = [problem for shard in manifest.shards if (problem := _problem(manifest, shard, deep)) is not None]
+    if problems:
+        head = f"{manifest.path}: {len(problems)} of {len(manifest.shards)} shards are missing or damaged:"
+        raise DataError("\n".join([head, *(f"  {problem}" for problem in problems)]))
+
+
+def _problem(manifest: Manifest, shard: ShardEntry, deep: bool) -> str | None:
+    path = manifest.shard_path(shard)
+    try:
+        size = path.stat().st_size
+        index_path(path).stat()
+        if size != shard.size_bytes:
+            return f"{path}: {size} bytes found, expected {shard.size_bytes}"
+        if deep:
+            read_index(path, index_sha256=shard.index_sha256)
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != shard.sha256:
+                return f"{path}: sha256 {found} found, expected {shard.sha256}"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except DataError as error:
+        return str(error)
+    return None
+
+
+class Record(NamedTuple):
+    """One sample of an offline pass: its key and its decoded fields."""
+
+    key: str
+    fields: dict[str, Any]
+
+
+def read_fields(manifest: Manifest, split: str, fields: Sequence[str]) -> Iterator[Record]:
+    """Every sample of a split once, in the order of the manifest, for passes outside training.
+
+    Args:
+        fields: Names as in the shards: `moments.npy`, `txt`, `json`, `jpg`, ...
+
+    Raises:
+        DataError: A shard or sample cannot be read; offline passes want all of them.
+    """
+    for shard in manifest.split(split):
+        with manifest.open_shard(shard) as reader:
+            for sample, key in enumerate(reader.keys):
+                yield Record(key, {name: reader.decode(sample, name) for name in fields})
+
+
+def takedown_path(manifest: Manifest) -> Path:
+    """The list of keys that must not be read any more; it may change, unlike the manifest."""
+    return manifest.folder / "takedown.json"
+
+
+def read_takedown(manifest: Manifest) -> frozenset[str]:
+    """Keys that are masked when they are read, without moving any other sample; empty where there is no list.
+
+    Raises:
+        DataError: The list is there, but is not `{"keys": [...]}`.
+    """
+    path = takedown_path(manifest)
+    if not path.exists():
+        return frozenset()
+    try:
+        keys = json.loads(path.read_bytes())["keys"]
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise TypeError("keys must be a list of text")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{path}: not a take-down list ({error}); it holds {{"keys": ["...", ...]}}') from error
+    return frozenset(keys)

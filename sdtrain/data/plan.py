@@ -1,0 +1,181 @@
+"""Which sample stands at which position: one pure function of manifest, seed and epoch, and one global cursor.
+
+Shards are permuted once an epoch, cut into windows of K shards, and the samples of a window are permuted among
+themselves. Positions run on across epochs, so there is no short batch and no dropped tail. Windows are computed when
+they are asked for: memory is that of a few windows, however large the data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sdtrain.data.lru import Lru
+from sdtrain.data.manifest import Manifest
+from sdtrain.data.randomness import permutation
+from sdtrain.errors import DataError
+
+ORDER_VERSION = 1
+"""Raised by every change that moves a sample; a run refuses to go on under another version."""
+
+_CACHED_EPOCHS = 2
+_CACHED_WINDOWS = 4
+
+
+class Place(NamedTuple):
+    """Where a position's sample lies."""
+
+    epoch: int
+    shard: int
+    sample: int
+
+
+class _Epoch(NamedTuple):
+    shards: np.ndarray[Any, np.dtype[np.int64]]  # (num_shards,) in the order of this epoch
+    window_starts: np.ndarray[Any, np.dtype[np.int64]]  # (num_windows,) first offset in the epoch
+
+
+class _Window(NamedTuple):
+    shards: np.ndarray[Any, np.dtype[np.int64]]  # (window samples,)
+    samples: np.ndarray[Any, np.dtype[np.int64]]  # (window samples,)
+
+
+class Order:
+    """The order of the samples of a run; picklable, the same in every process.
+
+    Args:
+        shard_sizes: Samples per shard, in the order of the manifest's split.
+        manifest_sha256: Names the data set.
+        seed: The run's seed.
+        window_shards: K, how many shards are mixed at a time; more mixes better and keeps more files open.
+        shuffle: False keeps the manifest's order, for validation.
+
+    Raises:
+        DataError: There are no samples.
+        ValueError: window_shards is below 1.
+    """
+
+    def __init__(
+        self, *, shard_sizes: Sequence[int], manifest_sha256: str, seed: int, window_shards: int, shuffle: bool = True
+    ) -> None:
+        if window_shards < 1:
+            raise ValueError(f"window_shards is {window_shards}; at least 1 is needed")
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.num_samples = int(self._sizes.sum())
+        if self.num_samples < 1:
+            raise DataError(f"the manifest {manifest_sha256} holds no samples in this split; nothing can be ordered")
+        self._manifest_sha256 = manifest_sha256
+        self._seed = seed
+        self._window_shards = window_shards
+        self._shuffle = shuffle
+        self._stream = f"order/{ORDER_VERSION}/{manifest_sha256}"
+        self._epochs: Lru[int, _Epoch] = Lru(_CACHED_EPOCHS)
+        self._windows: Lru[tuple[int, int], _Window] = Lru(_CACHED_WINDOWS)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def sample_at(self, position: int) -> Place:
+        """The sample at a global position, counted from 0 over all epochs.
+
+        Raises:
+            IndexError: position is negative.
+        """
+        if position < 0:
+            raise IndexError(f"position {position}: the order starts at 0")
+        epoch, offset = divmod(position, self.num_samples)
+        plan = self._epochs.get(epoch, lambda: self._plan_epoch(epoch))
+        number = int(plan.window_starts.searchsorted(offset, side="right")) - 1
+        window = self._windows.get((epoch, number), lambda: self._plan_window(plan, epoch, number))
+        place = offset - int(plan.window_starts[number])
+        return Place(epoch, int(window.shards[place]), int(window.samples[place]))
+
+    def _plan_epoch(self, epoch: int) -> _Epoch:
+        shards = np.arange(len(self._sizes), dtype=np.int64)
+        if self._shuffle:
+            shards = permutation(self._seed, f"{self._stream}/shards", epoch, n=len(self._sizes))
+        ends = self._sizes[shards].cumsum()
+        starts = np.concatenate([[0], ends])[: len(shards) : self._window_shards]
+        return _Epoch(shards, starts)
+
+    def _plan_window(self, plan: _Epoch, epoch: int, number: int) -> _Window:
+        chosen = plan.shards[number * self._window_shards : (number + 1) * self._window_shards]
+        sizes = self._sizes[chosen]
+        shards = np.repeat(chosen, sizes)
+        samples = np.arange(sizes.sum(), dtype=np.int64) - np.repeat(sizes.cumsum() - sizes, sizes)
+        if not self._shuffle:
+            return _Window(shards, samples)
+        order = permutation(self._seed, f"{self._stream}/samples", epoch, number, n=len(samples))
+        return _Window(shards[order], samples[order])
+
+    def state(self, samples_seen: int) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed run can tell that its order is still this one."""
+        return {
+            "manifest_sha256": self._manifest_sha256,
+            "seed": self._seed,
+            "window_shards": self._window_shards,
+            "shuffle": self._shuffle,
+            "order_version": ORDER_VERSION,
+            "epoch": samples_seen // self.num_samples,
+            "samples_seen": samples_seen,
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> int:
+        """The samples that were seen, if the checkpoint's order is this one.
+
+        Raises:
+            DataError: Names each fact that differs: going on would repeat some samples and skip others.
+        """
+        seen = int(state["samples_seen"])
+        mine = self.state(seen)
+        lines = [
+            f"  {name}: the checkpoint has {state.get(name)!r}, this run {mine[name]!r}"
+            for name in mine
+            if state.get(name) != mine[name]
+        ]
+        if lines:
+            raise DataError(
+                "\n".join(["the checkpoint was made with another order of samples:", *lines])
+                + "\nResume with the same manifest, seed, data.window_shards and version, or start a new run."
+            )
+        return seen
+
+
+def order_of(manifest: Manifest, split: str, *, seed: int, window_shards: int, shuffle: bool = True) -> Order:
+    """The order of a split of a manifest."""
+    return Order(
+        shard_sizes=[shard.num_samples for shard in manifest.split(split)],
+        manifest_sha256=manifest.sha256,
+        seed=seed,
+        window_shards=window_shards,
+        shuffle=shuffle,
+    )
+
+
+def rank_slice(
+    *, step: int, batch_size: int, world_size: int, rank: int, grad_accum_steps: int, micro_step: int
+) -> range:
+    """The global positions of one micro-batch of one rank: a contiguous part of the step's global batch.
+
+    Args:
+        step: Optimiser steps taken before this one, from 0.
+        batch_size: Global: micro-batch x accumulation x ranks.
+
+    Raises:
+        ValueError: batch_size does not divide into ranks and micro-batches, or rank or micro_step is outside.
+    """
+    parts = world_size * grad_accum_steps
+    if parts < 1 or batch_size < 1 or batch_size % parts:
+        raise ValueError(
+            f"batch_size {batch_size} does not divide into {world_size} ranks x {grad_accum_steps} accumulation steps"
+        )
+    if not (0 <= rank < world_size and 0 <= micro_step < grad_accum_steps and step >= 0):
+        raise ValueError(
+            f"step {step}, rank {rank}, micro_step {micro_step}: outside of "
+            f"{world_size} ranks x {grad_accum_steps} accumulation steps"
+        )
+    size = batch_size // parts
+    first = step * batch_size + (rank * grad_accum_steps + micro_step) * size
+    return range(first, first + size)
