@@ -46,14 +46,14 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One optimiser group: its parameters in the order of the flat vector, without gaps."""
+    """One optimiser group: its parameters in the order of the flat vector."""
 
     slots: tuple[Slot, ...]
 
     @property
     def numel(self) -> int:
         """Length of the flat vector, padding excluded."""
-        return sum(slot.numel for slot in self.slots)
+        return max((slot.offset + slot.numel for slot in self.slots), default=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,181 @@
+"""Weights & Biases, a copy of what the run folder holds: absent, offline or down, training never notices."""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from sdtrain.run_dir import RunDir, write_atomically
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["auto", "online", "offline", "disabled"]
+
+STEP = "train/step"
+INIT_TIMEOUT_SECONDS = 30.0
+FINISH_TIMEOUT_SECONDS = 60.0
+
+
+def has_key(environment: Mapping[str, str], home: Path) -> bool:
+    """Whether a W&B key is at hand: `WANDB_API_KEY`, or the server's entry in `.netrc`."""
+    if environment.get("WANDB_API_KEY"):
+        return True
+    server = urlparse(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(environment.get("NETRC", str(home / ".netrc"))).authenticators(server) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def resolve_mode(mode: Mode, environment: Mapping[str, str], home: Path) -> Literal["online", "offline", "disabled"]:
+    """What `auto` means here: `WANDB_MODE` if it names a mode, else online with a key and offline without."""
+    if mode != "auto":
+        return mode
+    wished = environment.get("WANDB_MODE")
+    if wished in ("online", "offline", "disabled"):
+        return wished
+    return "online" if has_key(environment, home) else "offline"
+
+
+def run_id(run_dir: RunDir) -> str:
+    """The W&B id of a run: made here once and kept in the run folder, so that every attempt continues the same one."""
+    if run_dir.wandb_id.exists():
+        return run_dir.wandb_id.read_text(encoding="utf-8").strip()
+    made = secrets.token_hex(4)
+    write_atomically(run_dir.wandb_id, made + "\n")
+    return made
+
+
+class Tracker:
+    """A W&B run; rank 0 only. Whatever W&B does wrong costs one warning and ends the tracking, never the training.
+
+    Attributes:
+        mode: What it came to: `online`, `offline` or `disabled`.
+        id: The run's W&B id; empty where nothing is tracked.
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        *,
+        project: str,
+        name: str,
+        mode: Mode = "auto",
+        config: Mapping[str, Any] | None = None,
+        logged_until: int = -1,
+    ) -> None:
+        """Start or continue the run's W&B run.
+
+        Args:
+            run_dir: The run's folder; W&B's own files go into `wandb/` inside.
+            project: W&B project.
+            name: Name to show.
+            mode: See `resolve_mode`.
+            config: The resolved configuration, as plain values.
+            logged_until: `metrics.last_logged_step` before this attempt: W&B has those steps already, and a replayed
+                step would stand there twice.
+        """
+        self.mode = resolve_mode(mode, os.environ, Path.home())
+        self.id = ""
+        self._logged_until = logged_until
+        self._run: Any = None
+        if self.mode == "disabled":
+            return
+        self.id = run_id(run_dir)
+        started = self._guard(lambda: _start(run_dir, self.id, project, name, self.mode, config or {}))
+        if started is not None:
+            self._run, self.mode = started
+
+    @property
+    def url(self) -> str | None:
+        """Where the run can be watched; None offline."""
+        return self._run.url if self._run is not None and self.mode == "online" else None
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """Copy figures of `step` finished steps; a step that an earlier attempt logged is left out."""
+        if self._run is not None and step > self._logged_until:
+            self._guard(lambda: self._run.log({STEP: step, **row}, step=step))
+
+    def log_images(self, step: int, key: str, images: Sequence[Any], captions: Sequence[str] | None = None) -> None:
+        """Copy images (PIL, uint8 (H, W, 3) arrays, or paths) under `key`; a replayed step is left out."""
+        if self._run is None or step <= self._logged_until:
+            return
+
+        def send() -> None:
+            import wandb
+
+            texts = captions if captions is not None else [None] * len(images)
+            shown = [
+                wandb.Image(str(image) if isinstance(image, Path) else image, caption=text)
+                for image, text in zip(images, texts, strict=True)
+            ]
+            self._run.log({STEP: step, key: shown}, step=step)
+
+        self._guard(send)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the run and wait, within limits, for what is still on its way."""
+        if self._run is not None:
+            self._guard(lambda: self._run.finish(exit_code=exit_code))
+            self._run = None
+
+    def _guard(self, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except Exception as error:
+            log.warning(
+                "W&B failed (%s: %s); training goes on without it, metrics.jsonl holds everything",
+                type(error).__name__,
+                error,
+            )
+            self._run, self.mode = None, "disabled"
+            return None
+
+
+def _start(
+    run_dir: RunDir, identity: str, project: str, name: str, mode: str, config: Mapping[str, Any]
+) -> tuple[Any, Literal["online", "offline"]]:
+    """A started W&B run and its mode: offline where the server is out of reach, to be sent later by `wandb sync`."""
+    import wandb
+
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+
+    def init(chosen: Literal["online", "offline"]) -> Any:
+        return wandb.init(
+            project=project,
+            name=name,
+            id=identity,
+            resume="allow",
+            mode=chosen,
+            dir=str(run_dir.path),
+            config=dict(config),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                disable_git=True,
+                save_code=False,
+                init_timeout=INIT_TIMEOUT_SECONDS,
+                finish_timeout=FINISH_TIMEOUT_SECONDS,
+            ),
+        )
+
+    chosen: Literal["online", "offline"] = "online" if mode == "online" else "offline"
+    try:
+        run = init(chosen)
+    except Exception as error:
+        if chosen == "offline":
+            raise
+        log.warning(
+            "W&B is out of reach (%s: %s): tracking offline, `wandb sync` sends it later", type(error).__name__, error
+        )
+        wandb.teardown()  # its service still holds the id of the run that did not start
+        chosen, run = "offline", init("offline")
+    run.define_metric(STEP)
+    run.define_metric("*", step_metric=STEP)
+    return run, chosen
