@@ -1,0 +1,228 @@
+"""`sdtrain inspect`: what a run folder holds, whether it is whole, and that every sample was trained on exactly once.
+
+The proof goes by the ledger. Every commit writes a row `{"event": "commit", "step", "attempt", "parent": name of the
+checkpoint before it or null, "samples": [start, stop]}`, where `samples` are the global positions that were consumed
+since `parent`. Attempts that died trained on samples whose updates are lost; they are in no link of the chain that
+leads from the newest valid checkpoint back to the start, so the chain alone says what the weights have seen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sdtrain.checkpoints.manifest import Checkpoint, folder_name, list_checkpoints
+from sdtrain.checkpoints.protocol import verify as verify_checkpoint
+from sdtrain.errors import ConfigError, ExitCode
+from sdtrain.run_dir import Exit, RunDir
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One checkpoint as the table shows it.
+
+    Attributes:
+        problems: What is wrong with it; None if it was not verified.
+        retained: Why it stays for good, `pinned` or empty.
+    """
+
+    name: str
+    step: int
+    world_size: int
+    size_bytes: int
+    samples_seen: int | None
+    parent: str | None
+    attempt: str | None
+    written_at: str | None
+    problems: list[str] | None
+    retained: str
+
+    @property
+    def status(self) -> str:
+        """One word for the table."""
+        if self.problems is None:
+            return "not verified"
+        return "corrupt" if self.problems else "valid"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One commit of the surviving lineage: the samples that were trained on since its parent."""
+
+    step: int
+    attempt: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """How the newest checkpoint came to be, oldest link first, and what in it is not exactly-once."""
+
+    links: list[Link]
+    problems: list[str]
+
+    @property
+    def verdict(self) -> str:
+        """The proof in one sentence, or that there is none."""
+        if self.problems:
+            return "not exactly once: " + "; ".join(self.problems)
+        if not self.links:
+            return "no commit in the ledger"
+        attempts = len({link.attempt for link in self.links})
+        return (
+            f"samples 0 to {self.links[-1].stop - 1} were trained on exactly once: "
+            f"{len(self.links)} contiguous ranges, {attempts} attempt{'s' if attempts > 1 else ''}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """All that `sdtrain inspect` says."""
+
+    run: str
+    checkpoints: list[Entry]
+    lineage: Lineage
+    last_exit: Exit | None
+    events: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with the verdict beside the lineage that it is drawn from."""
+        return asdict(self) | {"verdict": self.lineage.verdict}
+
+
+def inspect(run: Path, *, verify: bool = True, as_json: bool = False, console: Console | None = None) -> Inspection:
+    """Print what a run folder holds.
+
+    Args:
+        run: The run's folder.
+        verify: Read every byte of every checkpoint back; False shows only what the manifests say.
+        as_json: One JSON object in place of tables.
+        console: Where to print; standard output by default.
+
+    Raises:
+        ConfigError: `run` is no run folder.
+    """
+    found = examine(run, verify=verify)
+    console = console or Console()
+    if as_json:
+        console.print(json.dumps(found.to_json(), indent=2), markup=False, highlight=False, soft_wrap=True)
+    else:
+        _print(found, console)
+    return found
+
+
+def examine(run: Path, *, verify: bool = True) -> Inspection:
+    """What `inspect` prints, as a record."""
+    run_dir = RunDir(run)
+    if not any(path.exists() for path in (run_dir.checkpoints, run_dir.ledger, run_dir.metrics, run_dir.config)):
+        raise ConfigError(
+            f"{run}: no run folder; it holds none of {run_dir.checkpoints.name}/, {run_dir.ledger.name}, "
+            f"{run_dir.metrics.name}, {run_dir.config.name}. Give the run_dir of a `sdtrain train`."
+        )
+    entries = [_entry(checkpoint, verify) for checkpoint in list_checkpoints(run_dir.checkpoints)]
+    rows = run_dir.ledger_rows()
+    newest = next((entry.step for entry in entries if not entry.problems), None)
+    events: dict[str, int] = {}
+    for row in rows:
+        events[str(row.get("event"))] = events.get(str(row.get("event")), 0) + 1
+    return Inspection(str(run), entries, trace_lineage(rows, newest), run_dir.read_exit(), events)
+
+
+def _entry(checkpoint: Checkpoint, verify: bool) -> Entry:
+    said = checkpoint.manifest
+    return Entry(
+        name=checkpoint.path.name,
+        step=checkpoint.step,
+        world_size=checkpoint.world_size,
+        size_bytes=checkpoint.size_bytes,
+        samples_seen=said.get("samples_seen"),
+        parent=said.get("parent"),
+        attempt=said.get("attempt"),
+        written_at=said.get("written_at"),
+        problems=verify_checkpoint(checkpoint) if verify or checkpoint.damage else None,
+        retained="pinned" if checkpoint.pinned else "",
+    )
+
+
+def trace_lineage(rows: Iterable[Mapping[str, Any]], newest_step: int | None) -> Lineage:
+    """Follow the commits of a ledger from a checkpoint back to the start of the run.
+
+    Args:
+        rows: Ledger rows; where a step was committed again after a resume, the later row counts.
+        newest_step: The checkpoint to start from; None gives an empty lineage.
+    """
+    commits = {folder_name(row["step"]): row for row in rows if row.get("event") == "commit"}
+    links: list[Link] = []
+    problems: list[str] = []
+    name = folder_name(newest_step) if newest_step is not None else None
+    while name is not None:
+        row = commits.pop(name, None)  # taken out, so that a circle of parents ends
+        if row is None:
+            problems.append(f"{name} is in the lineage, the ledger holds no commit of it")
+            break
+        start, stop = row["samples"]
+        links.append(Link(row["step"], str(row.get("attempt")), start, stop))
+        name = row.get("parent")
+    links.reverse()
+    return Lineage(links, [*_seams(links), *problems])
+
+
+def _seams(links: Iterable[Link]) -> list[str]:
+    """Where one link does not begin where the one before it ended."""
+    problems: list[str] = []
+    expected = 0
+    for link in links:
+        if link.start > expected:
+            problems.append(f"samples {expected} to {link.start - 1} were skipped before {folder_name(link.step)}")
+        elif link.start < expected:
+            problems.append(f"samples {link.start} to {expected - 1} were trained on again in {folder_name(link.step)}")
+        if link.stop < link.start:
+            problems.append(f"{folder_name(link.step)} ends at sample {link.stop}, before its start {link.start}")
+        expected = link.stop
+    return problems
+
+
+def _print(found: Inspection, console: Console) -> None:
+    table = Table(title=f"checkpoints of {found.run}", title_justify="left")
+    for column, side in (
+        ("checkpoint", "left"),
+        ("ranks", "right"),
+        ("size", "right"),
+        ("samples", "right"),
+        ("state", "left"),
+        ("parent", "left"),
+        ("attempt", "left"),
+    ):
+        table.add_column(column, justify="right" if side == "right" else "left", overflow="fold")
+    colours = {"valid": "green", "corrupt": "red", "not verified": "yellow"}
+    for entry in found.checkpoints:
+        table.add_row(
+            f"{entry.name} [dim]{entry.retained}[/dim]" if entry.retained else entry.name,
+            str(entry.world_size or "?"),
+            f"{entry.size_bytes / 2**20:,.1f} MiB",
+            "?" if entry.samples_seen is None else f"{entry.samples_seen:,}",
+            f"[{colours[entry.status]}]{entry.status}[/]",
+            entry.parent or "-",
+            entry.attempt or "?",
+        )
+    console.print(table if found.checkpoints else f"no checkpoints in {found.run}")
+    for entry in found.checkpoints:
+        for problem in entry.problems or []:
+            console.print(f"  {entry.name}: {problem}", style="red", markup=False, highlight=False)
+    console.print(f"order   {found.lineage.verdict}", markup=False, highlight=False)
+    console.print(f"ledger  {', '.join(f'{count} {event}' for event, count in found.events.items()) or 'empty'}")
+    console.print(f"exit    {_exit_text(found.last_exit)}", markup=False, highlight=False)
+
+
+def _exit_text(last: Exit | None) -> str:
+    if last is None:
+        return "no word from the newest attempt: it still runs, or it crashed"
+    name = ExitCode(last.code).name if last.code in list(ExitCode) else "?"
+    return f"{last.code} {name} at step {last.step}, said by rank {last.rank} of attempt {last.attempt}: {last.reason}"
