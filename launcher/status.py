@@ -50,7 +50,8 @@ def read_status(run: Path) -> Status:
             "give the folder that `run_dir` names, by default runs/<name>"
         )
     names = sorted(checkpoint_names(run_dir), key=lambda name: int(name.removeprefix("step-")))
-    rows = deque(read_json_lines(run_dir.metrics), maxlen=1)
+    figures = (row for row in read_json_lines(run_dir.metrics) if "step" in row)  # the others mark starts
+    rows = deque(figures, maxlen=1)
     newest = run_dir.checkpoints / names[-1] if names else None
     return Status(run, run_dir.read_exit(), newest, rows[0] if rows else None)
 

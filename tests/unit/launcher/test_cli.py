@@ -23,7 +23,7 @@ autoencoder: {{type: kl, preset: tiny}}
 denoiser:    {{type: unet, preset: sd15}}
 conditioner: {{type: none}}
 process:     {{beta_schedule: scaled_linear, beta_start: 0.00085, beta_end: 0.012, prediction_type: epsilon}}
-optimizer:   {{learning_rate: 1.0e-4}}
+optimizer:   {{learning_rate: 1.0e-4, lr_schedule: constant}}
 trainer:     {{max_steps: 10, precision: fp32}}
 """
 

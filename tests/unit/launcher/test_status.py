@@ -21,6 +21,7 @@ def test_a_finished_run(run):
     (run.checkpoints / "step-3000.tmp-1").mkdir()
     append_json_line(run.metrics, {"step": 190, "train/loss": 0.5})
     append_json_line(run.metrics, {"step": 200, "train/loss": 0.123456789})
+    append_json_line(run.metrics, {"attempt": "a2", "resumed_step": 200})  # marks a start, holds no figures
     with run.metrics.open("a") as file:
         file.write('{"step": 210, "tra')  # torn by a kill
     status = read_status(run.path)
