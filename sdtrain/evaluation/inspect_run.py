@@ -1,8 +1,8 @@
 """`sdtrain inspect`: what a run folder holds, whether it is whole, and that every sample was trained on exactly once.
 
 The proof goes by the ledger. Every commit writes a row `{"event": "commit", "step", "attempt", "parent": name of the
-checkpoint before it or null, "samples": [start, stop]}`, where `samples` are the global positions that were consumed
-since `parent`. Attempts that died trained on samples whose updates are lost; they are in no link of the chain that
+checkpoint before it or null, "first_position", "last_position"}`: the global positions that were consumed since
+`parent`, the last one excluded. Attempts that died trained on samples whose updates are lost; they are in no link of the chain that
 leads from the newest valid checkpoint back to the start, so the chain alone says what the weights have seen.
 """
 
@@ -167,8 +167,7 @@ def trace_lineage(rows: Iterable[Mapping[str, Any]], newest_step: int | None) ->
         if row is None:
             problems.append(f"{name} is in the lineage, the ledger holds no commit of it")
             break
-        start, stop = row["samples"]
-        links.append(Link(row["step"], str(row.get("attempt")), start, stop))
+        links.append(Link(row["step"], str(row.get("attempt")), row["first_position"], row["last_position"]))
         name = row.get("parent")
     links.reverse()
     return Lineage(links, [*_seams(links), *problems])

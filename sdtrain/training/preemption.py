@@ -78,6 +78,11 @@ class Preemption:
         return self.poll() >= Request.REQUEUE
 
     @property
+    def request(self) -> Request:
+        """The strongest request seen so far; looks for no files."""
+        return max(self._by_signal[0], self._by_file[0])
+
+    @property
     def reason(self) -> str:
         """Where the strongest request came from, such as `SIGUSR1` or `STOP file`; empty if nothing is asked."""
         return max(self._by_signal, self._by_file, key=lambda asked: asked[0])[1]
@@ -88,9 +93,9 @@ class Preemption:
             self._next_poll = self._clock() + self._poll_every_seconds
             there = [(asked, f"{path.name} file") for path, asked in self._files.items() if path.exists()]
             self._by_file = max([self._by_file, *there], key=lambda asked: asked[0])
-        return max(self._by_signal[0], self._by_file[0])
+        return self.request
 
-    def acknowledge(self, done: Request) -> None:
+    def acknowledge(self, done: Request = Request.REQUEUE) -> None:
         """Say what was done: files that asked for no more go, or the next start would stop at once."""
         for path, asked in self._files.items():
             if asked <= done:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from sdtrain.config.run import TrainingConfig
 from sdtrain.run_dir import RunDir, write_atomically
+from sdtrain.training.metrics import last_logged_step
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,18 @@ class Tracker:
         started = self._guard(lambda: _start(run_dir, self.id, project, name, self.mode, config or {}))
         if started is not None:
             self._run, self.mode = started
+
+    @classmethod
+    def start(cls, run_dir: RunDir, config: TrainingConfig) -> Tracker:
+        """The tracker that a training page asks for; one that does nothing where it asks for none."""
+        return cls(
+            run_dir,
+            project=config.tracking.project if config.tracking else "",
+            name=config.resolved_run_dir.name,
+            mode=config.tracking.mode if config.tracking else "disabled",
+            config=config.model_dump(mode="json"),
+            logged_until=last_logged_step(run_dir.metrics),
+        )
 
     @property
     def url(self) -> str | None:
