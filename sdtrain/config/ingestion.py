@@ -1,0 +1,275 @@
+"""Kind `ingestion`: from raw metadata to shards with tokens and latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sdtrain.config.base import Fraction, NonEmptyStr, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from sdtrain.config.problems import Problem
+from sdtrain.config.trainer import Precision
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class LaionSource(Section):
+    """LAION metadata in parquet files.
+
+    Attributes:
+        type: `laion`.
+        metadata: A folder of parquet files, or a glob like `metadata/part-*.parquet`.
+        columns: Our name to the file's name, for files whose columns are called otherwise, e.g. `{url: image_link}`.
+    """
+
+    type: Literal["laion"]
+    metadata: NonEmptyStr
+    columns: dict[str, str] = Field(default_factory=dict)
+
+
+class DigitsSource(Section):
+    """Captioned pictures made of scikit-learn's handwritten digits: needs no network, for tests and the demo.
+
+    Attributes:
+        type: `digits`.
+        num_images: How many are made.
+    """
+
+    type: Literal["digits"]
+    num_images: PositiveInt = 1797
+
+
+SourceConfig = Annotated[LaionSource | DigitsSource, Field(discriminator="type")]
+
+NullPolicy = Literal["reject", "keep"]
+
+
+class NullsConfig(Section):
+    """What happens to a row whose value for a rule is absent.
+
+    Attributes:
+        aesthetic: Rows without an aesthetic score.
+        similarity: Rows without a CLIP similarity.
+        size: Rows without width or height.
+        caption: Rows without a caption.
+        pwatermark: Rows without a watermark probability.
+        nsfw: Rows without an NSFW tag or punsafe value.
+    """
+
+    aesthetic: NullPolicy = "reject"
+    similarity: NullPolicy = "reject"
+    size: NullPolicy = "reject"
+    caption: NullPolicy = "reject"
+    pwatermark: NullPolicy = "reject"
+    nsfw: NullPolicy = "reject"
+
+
+class NsfwConfig(Section):
+    """What counts as safe: the string column where there is one, else the numeric one.
+
+    Attributes:
+        allow: Values of the string column NSFW that pass.
+        max_punsafe: Rows with punsafe below this pass where only the numeric column exists.
+    """
+
+    allow: tuple[NonEmptyStr, ...] = ("UNLIKELY",)
+    max_punsafe: Fraction = 0.2
+
+
+class FilterConfig(Section):
+    """Which rows are worth a download; null switches a rule off. A rule whose column is absent is an error.
+
+    Attributes:
+        min_aesthetic: Least aesthetic score, on the scale that aesthetic_scale names.
+        aesthetic_scale: Predictor that the scores come from; the two are not comparable.
+        min_similarity: Least CLIP similarity of picture and caption.
+        min_width: Least width in pixels.
+        min_height: Least height in pixels.
+        min_aspect_ratio: Least width / height.
+        max_aspect_ratio: Greatest width / height.
+        min_caption_chars: Fewest characters of a caption.
+        max_caption_chars: Most characters of a caption.
+        max_pwatermark: Rows with a watermark probability below this pass.
+        nsfw: What counts as safe; null takes everything.
+        nulls: What happens to rows with absent values.
+    """
+
+    min_aesthetic: float | None = 6.5
+    aesthetic_scale: Literal["v1", "v2"] = "v2"
+    min_similarity: float | None = 0.28
+    min_width: PositiveInt | None = 512
+    min_height: PositiveInt | None = 512
+    min_aspect_ratio: PositiveFloat | None = 0.5
+    max_aspect_ratio: PositiveFloat | None = 2.0
+    min_caption_chars: NonNegativeInt | None = 20
+    max_caption_chars: PositiveInt | None = 300
+    max_pwatermark: Fraction | None = 0.5
+    nsfw: NsfwConfig | None = NsfwConfig()
+    nulls: NullsConfig = NullsConfig()
+
+
+class DedupConfig(Section):
+    """Which rows are the same.
+
+    Attributes:
+        by: `url`, or `url_text` (the same URL with another caption is another row).
+    """
+
+    by: Literal["url", "url_text"] = "url"
+
+
+class ValidationSplitConfig(Section):
+    """The samples that are never trained on.
+
+    Attributes:
+        num_samples: How many, chosen by a hash of their key.
+    """
+
+    num_samples: NonNegativeInt = 5000
+
+
+class DownloadConfig(Section):
+    """How pictures are fetched, checked and brought to one size.
+
+    Attributes:
+        contact: E-mail or URL in the user agent, so that the owner of a site can reach you.
+        image_size: Side of the pictures in pixels.
+        resize_mode: `center_crop`: shorter side to image_size, then the middle.
+        only_if_bigger: Reject smaller pictures instead of enlarging them.
+        jpeg_quality: Quality of the stored JPEG files.
+        samples_per_shard: Rows in one shard, before links turn out to be dead.
+        processes: Downloading processes over all machines.
+        threads: Downloading threads of each process.
+        timeout_seconds: Longest silence of a server.
+        total_timeout_seconds: Longest time for one picture, redirects and retries included.
+        retries: Further attempts after a failure that may pass.
+        max_bytes: Bytes after which a body is cut off and counted as failed.
+        max_pixels: Pixels above which a picture is refused before it is decoded.
+        allowed_ports: Ports that may be connected to.
+        allow_loopback: Allow 127.0.0.1; for tests and the demo only.
+        max_redirects: Redirects that are followed, each checked like a first address.
+    """
+
+    contact: NonEmptyStr | None = None
+    image_size: PositiveInt = 512
+    resize_mode: Literal["center_crop"] = "center_crop"
+    only_if_bigger: bool = True
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    samples_per_shard: PositiveInt = 1000
+    processes: PositiveInt = 16
+    threads: PositiveInt = 64
+    timeout_seconds: PositiveFloat = 10.0
+    total_timeout_seconds: PositiveFloat = 60.0
+    retries: NonNegativeInt = 2
+    max_bytes: PositiveInt = 50_000_000
+    max_pixels: PositiveInt = 100_000_000
+    allowed_ports: tuple[Port, ...] = Field(default=(80, 443), min_length=1)
+    allow_loopback: bool = False
+    max_redirects: NonNegativeInt = 3
+
+
+class TokenizeConfig(Section):
+    """How captions become CLIP tokens.
+
+    Attributes:
+        max_length: Tokens per caption, padded and cut.
+    """
+
+    max_length: Annotated[int, Field(ge=2, le=77)] = 77
+
+
+class EncodeConfig(Section):
+    """How pictures become moments (mean and log-variance) of latents.
+
+    Attributes:
+        autoencoder: A folder in diffusers' layout or a hub name.
+        batch_size: Pictures in one forward.
+        precision: Working precision; moments are stored in fp16.
+        check_samples: Pictures per shard that are decoded again and compared.
+    """
+
+    autoencoder: NonEmptyStr
+    batch_size: PositiveInt = 16
+    precision: Precision = "fp32"
+    check_samples: NonNegativeInt = 4
+
+
+class RunnerConfig(Section):
+    """How the stages are spread by Ray; the output does not depend on it.
+
+    Attributes:
+        workers: Tasks at a time; null takes the cores.
+        address: A Ray cluster, `auto` for the one of this machine; null starts Ray in this process.
+        memory_per_worker_bytes: Limit of each worker, so that a hostile picture costs one sample.
+        max_attempts: Attempts at a shard before it is put on the dead-letter list.
+    """
+
+    workers: PositiveInt | None = None
+    address: NonEmptyStr | None = None
+    memory_per_worker_bytes: PositiveInt = 4_000_000_000
+    max_attempts: PositiveInt = 3
+
+
+class IngestionConfig(Section):
+    """One data set.
+
+    Attributes:
+        schema_version: Version of this page's keys.
+        kind: `ingestion`.
+        name: What the data set is called; null takes folder and file name.
+        output: Folder for the stages' files, the shards and `manifest.json`.
+        seed: Start of the choice of validation samples.
+        source: Where the rows come from.
+        filter: Which rows are worth a download.
+        dedup: Which rows are the same.
+        validation: The samples that are never trained on.
+        download: How pictures are fetched.
+        tokenize: How captions become tokens.
+        encode: How pictures become latents; null stores pictures only (to train an autoencoder).
+        runner: How the stages are spread.
+    """
+
+    schema_version: Literal[1]
+    kind: Literal["ingestion"]
+    name: NonEmptyStr | None = None
+    output: Path
+    seed: NonNegativeInt = 42
+    source: SourceConfig
+    filter: FilterConfig = FilterConfig()
+    dedup: DedupConfig = DedupConfig()
+    validation: ValidationSplitConfig = ValidationSplitConfig()
+    download: DownloadConfig = DownloadConfig()
+    tokenize: TokenizeConfig = TokenizeConfig()
+    encode: EncodeConfig | None = None
+    runner: RunnerConfig = RunnerConfig()
+
+
+def filter_ranges_are_not_empty(filter: FilterConfig) -> Iterator[Problem]:
+    """A least value above the greatest rejects every row."""
+    for low, high in (("min_aspect_ratio", "max_aspect_ratio"), ("min_caption_chars", "max_caption_chars")):
+        least, greatest = getattr(filter, low), getattr(filter, high)
+        if least is not None and greatest is not None and least > greatest:
+            yield Problem(f"filter.{low}", f"must be <= filter.{high} = {greatest:g}, else no row is left")
+
+
+def pictures_are_big_enough(filter: FilterConfig, download: DownloadConfig) -> Iterator[Problem]:
+    """Rows that the download must reject should not be asked for."""
+    if not download.only_if_bigger:
+        return
+    for name in ("min_width", "min_height"):
+        least = getattr(filter, name)
+        if least is not None and least < download.image_size:
+            advice = "raise it, or set download.only_if_bigger=false"
+            yield Problem(f"filter.{name}", f"must be >= download.image_size = {download.image_size}; {advice}")
+
+
+def total_time_covers_one_attempt(download: DownloadConfig) -> Iterator[Problem]:
+    """A total below one attempt's limit makes the latter meaningless."""
+    if download.total_timeout_seconds < download.timeout_seconds:
+        limit = download.timeout_seconds
+        yield Problem("download.total_timeout_seconds", f"must be >= download.timeout_seconds = {limit:g}")
+
+
+INGESTION_RULES = (filter_ranges_are_not_empty, pictures_are_big_enough, total_time_covers_one_attempt)

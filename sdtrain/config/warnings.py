@@ -1,0 +1,104 @@
+"""Settings that are allowed but have no effect, or an effect that few would want."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sdtrain.config.base import Section
+from sdtrain.config.conditioner import NoConditionerConfig
+from sdtrain.config.ingestion import IngestionConfig, LaionSource
+from sdtrain.config.run import TrainingConfig
+from sdtrain.config.sampling import SamplingConfig
+from sdtrain.config.task import AutoencodingTask, LatentDiffusionTask
+
+
+def warnings(config: Section) -> list[str]:
+    """One line per setting that deserves a second look; none of them keeps a run from starting."""
+    match config:
+        case TrainingConfig():
+            found = [
+                *_optimizer(config),
+                *_process(config),
+                *_trainer(config),
+                *_autoencoding(config),
+                *_guidance(config),
+            ]
+        case IngestionConfig():
+            found = list(_ingestion(config))
+        case SamplingConfig():
+            found = list(_sampling(config))
+        case _:
+            found = []
+    return found
+
+
+def _is_set(section: Section, key: str) -> bool:
+    """Whether the page gives this key (a default that is written out counts)."""
+    return key in section.model_fields_set
+
+
+def _optimizer(config: TrainingConfig) -> Iterator[str]:
+    optimizer = config.optimizer
+    if optimizer.warmup_steps == 0 and _is_set(optimizer, "warmup_start_lr"):
+        yield "optimizer.warmup_start_lr has no effect: optimizer.warmup_steps is 0"
+    if optimizer.lr_schedule == "constant" and _is_set(optimizer, "final_lr_fraction"):
+        yield "optimizer.final_lr_fraction has no effect: optimizer.lr_schedule is constant"
+    if optimizer.weight_decay == 0 and _is_set(optimizer, "weight_decay_on"):
+        yield "optimizer.weight_decay_on has no effect: optimizer.weight_decay is 0"
+
+
+def _process(config: TrainingConfig) -> Iterator[str]:
+    process = config.process
+    if process is not None and process.beta_schedule == "cosine":
+        for key in ("beta_start", "beta_end"):
+            if _is_set(process, key):
+                yield f"process.{key} has no effect: process.beta_schedule is cosine"
+
+
+def _trainer(config: TrainingConfig) -> Iterator[str]:
+    max_steps = config.trainer.max_steps
+    for name, section in (("validation", config.validation), ("samples", config.samples)):
+        if max_steps is not None and section is not None and section.every_steps > max_steps:
+            every_steps = section.every_steps
+            yield f"{name}.every_steps = {every_steps} is beyond trainer.max_steps = {max_steps}: only the end counts"
+    if config.data.num_workers == 0 and _is_set(config.data, "prefetch"):
+        yield "data.prefetch has no effect: data.num_workers is 0"
+
+
+def _autoencoding(config: TrainingConfig) -> Iterator[str]:
+    if not isinstance(config.task, AutoencodingTask):
+        return
+    for name in ("denoiser", "conditioner", "process", "samples"):
+        if getattr(config, name) is not None:
+            yield f"{name} has no effect: task.type is autoencoding"
+    if config.trainer.precision != "fp32":
+        yield f"trainer.precision = {config.trainer.precision} has no effect: autoencoders are trained in fp32"
+
+
+def _guidance(config: TrainingConfig) -> Iterator[str]:
+    if not isinstance(config.task, LatentDiffusionTask):
+        return
+    if isinstance(config.conditioner, NoConditionerConfig):
+        if config.task.condition_dropout > 0 and _is_set(config.task, "condition_dropout"):
+            yield "task.condition_dropout has no effect: conditioner.type is none"
+        if config.samples is not None:
+            yield "samples.prompts and samples.guidance_scale have no effect: conditioner.type is none"
+    elif config.task.condition_dropout == 0 and config.samples is not None and config.samples.guidance_scale != 1.0:
+        yield (
+            f"samples.guidance_scale = {config.samples.guidance_scale:g} means nothing: "
+            "with task.condition_dropout = 0 the network never learns the empty condition"
+        )
+
+
+def _ingestion(config: IngestionConfig) -> Iterator[str]:
+    if isinstance(config.source, LaionSource) and not config.download.contact:
+        yield "download.contact is empty: owners of sites cannot reach you; give an e-mail or URL"
+    if config.download.allow_loopback:
+        yield "download.allow_loopback is true: URLs of this machine are fetched; for tests and the demo only"
+    if config.filter.min_aesthetic is None and _is_set(config.filter, "aesthetic_scale"):
+        yield "filter.aesthetic_scale has no effect: filter.min_aesthetic is null"
+
+
+def _sampling(config: SamplingConfig) -> Iterator[str]:
+    if config.sampler == "ddpm" and _is_set(config, "eta"):
+        yield "eta has no effect: sampler is ddpm"
