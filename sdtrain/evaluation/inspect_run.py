@@ -2,8 +2,9 @@
 
 The proof goes by the ledger. Every commit writes a row `{"event": "commit", "step", "attempt", "parent": name of the
 checkpoint before it or null, "first_position", "last_position"}`: the global positions that were consumed since
-`parent`, the last one excluded. Attempts that died trained on samples whose updates are lost; they are in no link of the chain that
-leads from the newest valid checkpoint back to the start, so the chain alone says what the weights have seen.
+`parent`, the last one excluded. Attempts that died trained on samples whose updates are lost; they are in no link of
+the chain that leads from the newest valid checkpoint back to the start, so the chain alone says what the weights have
+seen.
 """
 
 from __future__ import annotations

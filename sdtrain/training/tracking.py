@@ -96,12 +96,12 @@ class Tracker:
 
     @classmethod
     def start(cls, run_dir: RunDir, config: TrainingConfig) -> Tracker:
-        """The tracker that a training page asks for; one that does nothing where it asks for none."""
+        """The tracker that a training page asks for, after whatever earlier attempts logged."""
         return cls(
             run_dir,
-            project=config.tracking.project if config.tracking else "",
+            project=config.tracking.project,
             name=config.resolved_run_dir.name,
-            mode=config.tracking.mode if config.tracking else "disabled",
+            mode=config.tracking.mode,
             config=config.model_dump(mode="json"),
             logged_until=last_logged_step(run_dir.metrics),
         )
