@@ -47,7 +47,8 @@ def _collate_plain(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _as_batch(plain: dict[str, Any]) -> Batch:
-    return Batch(**(plain | {name: tuple(plain[name]) for name in ("keys", "errors")}))  # pinning makes lists of tuples
+    as_tuples = {name: tuple(plain[name]) for name in ("keys", "errors")}  # pinning turns tuples into lists
+    return Batch(**{**plain, **as_tuples})
 
 
 def _leave_with_parent() -> None:
@@ -89,6 +90,7 @@ def _data_loader(
         pin_memory=torch.cuda.is_available(),
         collate_fn=_collate_plain,
         worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # else every pass would take a number from the run's own generator
     )
 
 
