@@ -78,10 +78,20 @@ def connect(address: str, port: int, timeout_seconds: float) -> socket.socket:
 
 @dataclass
 class _Deadline:
-    """End of an attempt, on the monotonic clock."""
+    """End of the work on one URL, on the monotonic clock; the clock starts when the first host has a free slot."""
 
-    at: float
+    total_seconds: float
     silence_seconds: float
+    _end: float | None = None
+
+    def start(self) -> None:
+        """Start the clock; later calls change nothing."""
+        if self._end is None:
+            self._end = time.monotonic() + self.total_seconds
+
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self.total_seconds if self._end is None else self._end - time.monotonic()
 
     def timeout(self) -> float:
         """Longest wait for the next socket operation.
@@ -89,15 +99,15 @@ class _Deadline:
         Raises:
             RefusedError: Nothing is left.
         """
-        left = self.at - time.monotonic()
+        left = self.left()
         if left <= 0:
-            raise RefusedError(Reason.DEADLINE, "the attempt took longer than total_timeout_seconds")
+            raise RefusedError(Reason.DEADLINE, f"not done after {self.total_seconds:g} s")
         return min(left, self.silence_seconds)
 
     def expired(self) -> RefusedError:
         """What a timed-out socket operation means: silence, or the end."""
-        if time.monotonic() >= self.at:
-            return RefusedError(Reason.DEADLINE, "the attempt took longer than total_timeout_seconds")
+        if self.left() <= 0:
+            return RefusedError(Reason.DEADLINE, f"not done after {self.total_seconds:g} s")
         return RefusedError(Reason.TIMEOUT, f"silent for {self.silence_seconds:g} s")
 
 
@@ -213,13 +223,14 @@ class HardenedOpener:
             raise RefusedError(Reason.URL, f"a request with a body for {url[:200]!r}; only GET is done here")
         if hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest() in self.policy.blocked_url_sha256:
             raise RefusedError(Reason.BLOCKED_URL, "the URL is on the block list")
+        deadline = _Deadline(self.policy.total_timeout_seconds, self.policy.timeout_seconds)
         attempt = 0
         while True:
             try:
-                return self._attempt(url)
+                return self._attempt(url, deadline)
             except RefusedError as error:
                 pause = self._pause_seconds(error, attempt)
-                if pause is None:
+                if pause is None or pause >= deadline.left():
                     raise
             self._sleep(pause)
             attempt += 1
@@ -231,15 +242,12 @@ class HardenedOpener:
         pause = 0.5 * 2**attempt if error.retry_after_seconds is None else error.retry_after_seconds
         return pause if pause <= self.policy.max_retry_after_seconds else None
 
-    def _attempt(self, url: str) -> Fetched:
-        """Follow redirects to a body; the clock starts when the first host has a free slot."""
-        deadline = None
+    def _attempt(self, url: str, deadline: _Deadline) -> Fetched:
+        """Follow redirects to a body."""
         for _ in range(self.policy.max_redirects + 1):
             target = parse_target(url, self.policy)
             with self._hosts.slot(target.host):
-                deadline = deadline or _Deadline(
-                    time.monotonic() + self.policy.total_timeout_seconds, self.policy.timeout_seconds
-                )
+                deadline.start()
                 answer = self._exchange(target, deadline)
             if isinstance(answer, Fetched):
                 return answer

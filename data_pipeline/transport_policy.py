@@ -21,7 +21,12 @@ _PATH_SAFE = "%/:=&?~+!$,;'@()*[]|"
 _VALUED_ROBOTS_RULES = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-_PUBLIC_METADATA_SERVICES = frozenset({ipaddress.IPv4Address("168.63.129.16")})  # Azure's, on a public address
+_NEVER = (  # beyond what `is_global` knows in every supported Python
+    ipaddress.IPv4Network("168.63.129.16/32"),  # Azure's metadata service, on a public address
+    ipaddress.IPv4Network("192.0.0.0/24"),  # protocol assignments; Oracle's metadata service lies there
+    ipaddress.IPv4Network("192.88.99.0/24"),  # 6to4 relays
+    ipaddress.IPv6Network("3fff::/20"),  # documentation
+)
 
 
 class Reason(StrEnum):
@@ -98,7 +103,7 @@ class TransportPolicy:
         max_bytes: Largest body.
         max_pixels: Largest width x height by the image's header.
         timeout_seconds: Longest silence while connecting, sending or receiving.
-        total_timeout_seconds: Longest time of one attempt, redirects included.
+        total_timeout_seconds: Longest time for one URL, redirects and retries included.
         min_bytes_per_second: Slowest mean rate, judged from `rate_grace_seconds` after the request on.
         rate_grace_seconds: See above.
         retries: Attempts beyond the first, for trouble that may pass.
@@ -129,7 +134,7 @@ class TransportPolicy:
     def __post_init__(self) -> None:
         if not self.contact.strip() or not self.contact.isprintable() or not self.contact.isascii():
             raise ConfigError(
-                f"download contact is {self.contact!r}; give a URL or mail address (printable ASCII) that site owners "
+                f"download.contact is {self.contact!r}; give a URL or mail address (printable ASCII) that site owners "
                 "can reach you at, it is sent with every request"
             )
 
@@ -213,10 +218,11 @@ def _carried(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> tuple[ip
 
 
 def _is_global(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if any(address in network for network in _NEVER):
+        return False
     if isinstance(address, ipaddress.IPv6Address):
         return address in _NAT64 or (address in _GLOBAL_UNICAST and address.is_global)
-    refused = address.is_multicast or address.is_reserved or address in _PUBLIC_METADATA_SERVICES
-    return address.is_global and not refused
+    return address.is_global and not (address.is_multicast or address.is_reserved)
 
 
 def check_image(body: bytes, max_pixels: int) -> None:
