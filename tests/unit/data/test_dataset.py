@@ -1,0 +1,257 @@
+"""Positions become samples: the same ones with the same draws anywhere, and damage never moves one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdtrain.data.dataset import Sample, ShardDataset
+from sdtrain.data.manifest import Manifest, describe_shard, write_manifest
+from sdtrain.data.plan import Order, order_of
+from sdtrain.data.randomness import normals, uniforms
+from sdtrain.data.shard import ShardWriter
+from sdtrain.errors import DataError
+from sdtrain.records import DrawSpec
+
+DRAWS = DrawSpec(normals={"noise": (4, 2, 2), "posterior": (4, 2, 2)}, uniforms=("timestep", "drop"))
+FIELDS = {"moments": "moments.npy", "tokens": "tokens.npy"}
+NUM_SHARDS, PER_SHARD = 6, 5
+
+
+def write_data(folder: Path) -> Manifest:
+    entries = []
+    for shard in range(NUM_SHARDS):
+        path = folder / f"{shard:05d}.tar"
+        with ShardWriter(path) as writer:
+            for number in range(shard * PER_SHARD, (shard + 1) * PER_SHARD):
+                fields = {
+                    "moments.npy": np.full((8, 2, 2), number, dtype=np.float16),
+                    "tokens.npy": np.full(7, 40000 + number, dtype=np.uint16),
+                    "txt": f"caption {number}",
+                }
+                writer.write(f"k{number}", fields)
+        entries.append(describe_shard(path, split="train", folder=folder))
+    return write_manifest(folder / "manifest.json", entries, fingerprint={})
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    return write_data(tmp_path)
+
+
+def make(manifest: Manifest, **changes: object) -> ShardDataset:
+    arguments = {
+        "manifest_path": manifest.path,
+        "split": "train",
+        "fields": FIELDS,
+        "order": order_of(manifest, "train", seed=3, window_shards=2),
+        "seed": 3,
+        "draws": DRAWS,
+    }
+    return ShardDataset(**(arguments | changes))
+
+
+@pytest.fixture
+def dataset(manifest: Manifest) -> Iterator[ShardDataset]:
+    made = make(manifest)
+    yield made
+    made.close()
+
+
+def same(a: Sample, b: Sample) -> bool:
+    arrays = [(a.fields, b.fields), (a.normals, b.normals)]
+    return (a.key, a.position, a.uniforms, a.weight, a.error) == (
+        b.key,
+        b.position,
+        b.uniforms,
+        b.weight,
+        b.error,
+    ) and (
+        all(mine.keys() == theirs.keys() and all((mine[n] == theirs[n]).all() for n in mine) for mine, theirs in arrays)
+    )
+
+
+def test_an_epoch_reads_every_sample_once_with_its_own_content(dataset: ShardDataset):
+    samples = [dataset[position] for position in range(len(dataset))]
+    assert sorted(int(sample.key[1:]) for sample in samples) == list(range(30))
+    for sample in samples:
+        number = int(sample.key[1:])
+        assert sample.fields["moments"].dtype == np.float16
+        assert sample.fields["tokens"].dtype == np.int64
+        assert (sample.fields["moments"] == number).all()
+        assert (sample.fields["tokens"] == 40000 + number).all()  # above int16: an unsigned type must not wrap
+        assert (sample.weight, sample.error) == (1.0, None)
+
+
+def test_draws_are_those_of_the_global_position(dataset: ShardDataset):
+    for position in (0, 31, 1_000_003):
+        sample = dataset[position]
+        np.testing.assert_array_equal(sample.normals["noise"], normals(3, "noise", position, (4, 2, 2)))
+        np.testing.assert_array_equal(sample.normals["posterior"], normals(3, "posterior", position, (4, 2, 2)))
+        assert sample.uniforms == {name: uniforms(3, name, position)[0] for name in ("timestep", "drop")}
+
+
+def test_the_next_epoch_draws_anew(dataset: ShardDataset):
+    first = {sample.key: sample for sample in map(dataset.__getitem__, range(30))}
+    for position in range(30, 60):
+        sample = dataset[position]
+        assert (sample.fields["moments"] == first[sample.key].fields["moments"]).all()
+        assert not (sample.normals["noise"] == first[sample.key].normals["noise"]).any()
+
+
+def test_a_position_is_the_same_in_any_order_of_asking_and_in_any_process(dataset: ShardDataset, manifest: Manifest):
+    forward = [dataset[position] for position in range(40)]
+    backward = [make(manifest, max_open_shards=1)[position] for position in reversed(range(40))][::-1]
+    copied = pickle.loads(pickle.dumps(dataset))
+    for position, sample in enumerate(forward):
+        assert same(sample, backward[position])
+        assert same(sample, copied[position])
+    copied.close()
+
+
+def _read_in_child(dataset: ShardDataset, pipe: object) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    sample = dataset[0]
+    pipe.send((sample.key, sample.error, len(set(os.listdir("/proc/self/fd")) - before)))
+
+
+def test_a_forked_worker_opens_files_of_its_own(dataset: ShardDataset):
+    expected = dataset[0].key
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_read_in_child, args=(dataset, sender))
+    child.start()
+    assert receiver.poll(20)
+    key, error, opened = receiver.recv()
+    child.join()
+    assert (key, error, opened) == (expected, None, 1)
+    assert dataset[0].error is None
+
+
+def test_open_files_are_bounded_and_closed(manifest: Manifest):
+    def open_tars() -> int:
+        links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+        return sum(str(manifest.folder) in os.readlink(link) for link in links if link.is_symlink())
+
+    dataset = make(manifest, max_open_shards=2)
+    for position in range(30):
+        assert dataset[position].error is None
+        assert open_tars() <= 2
+    assert open_tars() == 2
+    dataset.close()
+    assert open_tars() == 0
+
+
+def damage(manifest: Manifest, shard: int, sample: int) -> str:
+    entry = manifest.shards[shard]
+    path = manifest.shard_path(entry)
+    with manifest.open_shard(entry) as reader:
+        offset, key = reader.index.fields["moments.npy"].offset[sample], reader.keys[sample]
+    data = bytearray(path.read_bytes())
+    data[offset + 130] ^= 4
+    path.write_bytes(data)
+    return key
+
+
+def test_a_damaged_sample_becomes_a_tombstone_in_its_place(manifest: Manifest):
+    whole = [make(manifest)[position] for position in range(30)]
+    key = damage(manifest, 2, 3)
+    for sample, before in zip(map(make(manifest).__getitem__, range(30)), whole, strict=True):
+        if sample.key != key:
+            assert same(sample, before)
+            continue
+        assert before.key == key
+        assert sample.weight == 0
+        assert sample.error is not None
+        assert sample.error.startswith(f"{key}: ")
+        assert sample.error.endswith(f"00002.tar: field 'moments.npy' of sample '{key}' fails its checksum")
+        assert {name: (field.shape, field.dtype, field.any()) for name, field in sample.fields.items()} == {
+            "moments": ((8, 2, 2), np.float16, False),
+            "tokens": ((7,), np.int64, False),
+        }
+        np.testing.assert_array_equal(sample.normals["noise"], before.normals["noise"])
+    assert key in [sample.key for sample in whole]
+
+
+def test_a_lost_shard_becomes_tombstones_and_comes_back(manifest: Manifest):
+    lost = manifest.folder / "00004.tar"
+    hidden = lost.rename(manifest.folder / "hidden")
+    dataset = make(manifest)
+    samples = [dataset[position] for position in range(30)]
+    bad = [sample for sample in samples if sample.error]
+    assert sorted(sample.key for sample in bad) == [f"00004.tar#{number}" for number in range(PER_SHARD)]
+    assert all("00004.tar: cannot open the shard: No such file or directory" in str(sample.error) for sample in bad)
+    hidden.rename(lost)
+    assert all(dataset[position].weight == 1 for position in range(30))
+
+
+def test_a_sample_of_another_shape_becomes_a_tombstone(tmp_path: Path):
+    with ShardWriter(tmp_path / "0.tar") as writer:
+        writer.write("a", {"moments.npy": np.ones((8, 2, 2), np.float16)})
+        writer.write("b", {"moments.npy": np.ones((8, 2, 3), np.float16)})
+    entry = describe_shard(tmp_path / "0.tar", split="train", folder=tmp_path)
+    manifest = write_manifest(tmp_path / "m.json", [entry], fingerprint={})
+    order = order_of(manifest, "train", seed=0, window_shards=1, shuffle=False)
+    dataset = make(manifest, fields={"moments": "moments.npy"}, order=order)
+    assert dataset[0].weight == 1
+    assert dataset[1].fields["moments"].shape == (8, 2, 2)
+    assert str(dataset[1].error).endswith("0.tar: field 'moments.npy' is (8, 2, 3), the manifest says (8, 2, 2)")
+
+
+def test_taken_down_keys_are_masked_without_moving_others(manifest: Manifest):
+    whole = [make(manifest)[position] for position in range(30)]
+    (manifest.folder / "takedown.json").write_text(json.dumps({"keys": ["k7"]}))
+    for sample, before in zip(map(make(manifest).__getitem__, range(30)), whole, strict=True):
+        assert sample.key == before.key
+        assert sample.error is None
+        assert sample.weight == (0 if sample.key == "k7" else 1)
+        assert sample.fields["tokens"].any() == (sample.key != "k7")
+
+
+def test_pixels_are_read_channels_first(tmp_path: Path):
+    import io
+
+    from PIL import Image
+
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    with ShardWriter(tmp_path / "0.tar") as writer:
+        writer.write("a", {"png": stream.getvalue(), "attributes.npy": np.array([1, -1, 0], dtype=np.int8)})
+    entry = describe_shard(tmp_path / "0.tar", split="train", folder=tmp_path)
+    manifest = write_manifest(tmp_path / "m.json", [entry], fingerprint={})
+    order = order_of(manifest, "train", seed=0, window_shards=1)
+    dataset = make(manifest, fields={"pixels": "png", "attributes": "attributes.npy"}, order=order, draws=DrawSpec())
+    sample = dataset[0]
+    assert sample.error is None
+    np.testing.assert_array_equal(sample.fields["pixels"], pixels.transpose(2, 0, 1))
+    assert sample.fields["attributes"].dtype == np.int8
+    assert sample.fields["attributes"].tolist() == [1, -1, 0]
+
+
+def test_wrong_set_ups_are_refused(manifest: Manifest, tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"batch fields \['latents'\] are unknown; known are \['attributes', 'moments'"
+    ):
+        make(manifest, fields={"latents": "moments.npy"})
+    with pytest.raises(DataError, match=r"manifest.json: shard 00000.tar has no field 'jpg'; it has \['moments.npy', "):
+        make(manifest, fields={"pixels": "jpg"})
+    with pytest.raises(
+        DataError, match=r"manifest.json: no shape of field 'txt' in field_shapes, which has \['moments"
+    ):
+        make(manifest, fields={"tokens": "txt"})
+    with pytest.raises(
+        ValueError, match=r"draws \['noise'\] are named twice; equal names would be equal random numbers"
+    ):
+        make(manifest, draws=DrawSpec(normals={"noise": (1,)}, uniforms=("noise",)))
+    other = Order(shard_sizes=[4], manifest_sha256="x", seed=0, window_shards=1)
+    with pytest.raises(
+        DataError, match=r"manifest.json: split 'train' has 30 samples, the order was made for 4; make i"
+    ):
+        make(manifest, order=other)
