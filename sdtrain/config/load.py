@@ -16,6 +16,8 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.nodes import SequenceNode
+from ruamel.yaml.representer import SafeRepresenter
 
 from sdtrain.config.base import Section
 from sdtrain.config.compare import Difference, differences, refuse_on_resume
@@ -192,9 +194,25 @@ def _line(problem: Problem, page: Page) -> str:
     return f"{text}: {problem.message}"
 
 
+class _PageRepresenter(SafeRepresenter):
+    """Writes sections in their own order, lists on one line, and `null` where ruamel would leave a blank."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.sort_base_mapping_type_on_output = False
+
+    def represent_list(self, data: Sequence[Any]) -> SequenceNode:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+
+_PageRepresenter.add_representer(list, _PageRepresenter.represent_list)
+
+
 def dump_yaml(config: Config) -> str:
     """The resolved page: every key with its value, loadable again, first line the command that runs it."""
-    yaml = YAML()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _PageRepresenter
+    yaml.default_flow_style = False
     yaml.width = 120
     kind = KINDS[config.kind]
     text = io.StringIO()
