@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import socket
 import time
 import traceback
 from collections import deque
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from data_pipeline.stage import Stage, Unit, Work
 
 _OBJECT_STORE_BYTES = 128 << 20  # units travel as paths, so the store stays almost empty
+_PROBE_SECONDS = 10.0
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -195,8 +197,9 @@ class RayExecutor:
             if self.address is None:
                 self._start_private()
             else:
+                _probe(self.address)
                 ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
+        except OSError as error:
             raise ConfigError(
                 f"runner.address: {self.address!r}: no Ray cluster answers ({error}); "
                 "start one with `ray start --head`, or leave the key out to run on this machine"
@@ -229,6 +232,17 @@ class RayExecutor:
 
             ray.shutdown()
             self._joined = False
+
+
+def _probe(address: str) -> None:
+    """Fail within seconds where `host:port` does not answer; Ray itself would wait for minutes.
+
+    Raises:
+        OSError: Nothing listens there, or the address has no such form.
+    """
+    host, separator, port = address.rpartition(":")
+    if separator and "//" not in address and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
 
 
 def _task(stage: Stage, unit: Unit, folder: Path) -> Outcome:

@@ -1,0 +1,303 @@
+"""Stage `filter`: seven rules on typed columns, vectorised, each with its count in the survival funnel.
+
+Before them, rows without a URL are rejected: there is nothing to download.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from data_pipeline.funnel import Funnel
+from data_pipeline.sources.laion import BATCH_ROWS, Columns
+from data_pipeline.stage import Needs, Unit, Work, one_to_one
+from sdtrain.errors import DataError
+
+pc: Any = pyarrow.compute  # its functions are generated at import, so a type checker sees none of them
+
+NullPolicy = Literal["reject", "keep"]
+Check = Callable[[pa.RecordBatch], pa.Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of the funnel.
+
+    Attributes:
+        name: What the funnel calls it.
+        setting: The threshold in words.
+        nulls: What happens to rows whose value is absent.
+        check: Batch -> bool array, null where the value is absent.
+    """
+
+    name: str
+    setting: str
+    nulls: NullPolicy
+    check: Check
+
+    def passes(self, batch: pa.RecordBatch) -> pa.Array:
+        """Which rows pass; no nulls."""
+        return pc.fill_null(self.check(batch), self.nulls == "keep")
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """Thresholds as `filter` in the configuration gives them; None switches a rule off.
+
+    Attributes:
+        min_aesthetic: Least aesthetic score.
+        aesthetic_scale: Which predictor's score: `v1` (column aesthetic) or `v2` (AESTHETIC_SCORE).
+        min_similarity: Least CLIP similarity.
+        min_width: Least width in pixels.
+        min_height: Least height in pixels.
+        min_aspect_ratio: Least width / height.
+        max_aspect_ratio: Greatest width / height.
+        min_caption_chars: Fewest characters, outer white space not counted.
+        max_caption_chars: Most characters.
+        max_pwatermark: Watermark probabilities below this pass.
+        nsfw_allow: Values of a string column NSFW that pass; None switches the rule off.
+        max_punsafe: Where there is only `punsafe`: values below this pass.
+        nulls: Rule family (aesthetic, similarity, size, caption, pwatermark, nsfw) -> reject or keep.
+    """
+
+    min_aesthetic: float | None
+    aesthetic_scale: Literal["v1", "v2"]
+    min_similarity: float | None
+    min_width: int | None
+    min_height: int | None
+    min_aspect_ratio: float | None
+    max_aspect_ratio: float | None
+    min_caption_chars: int | None
+    max_caption_chars: int | None
+    max_pwatermark: float | None
+    nsfw_allow: tuple[str, ...] | None
+    max_punsafe: float
+    nulls: Mapping[str, NullPolicy]
+
+    def facts(self) -> dict[str, Any]:
+        """All settings as JSON."""
+        allow = None if self.nsfw_allow is None else list(self.nsfw_allow)
+        return {**vars(self), "nsfw_allow": allow, "nulls": dict(self.nulls)}
+
+
+def rules_for(settings: FilterSettings, columns: Columns, source: Path) -> list[Rule]:
+    """The active rules in the funnel's order, bound to a file's columns.
+
+    Raises:
+        DataError: A rule is on, but its column is not in the file; the message names the columns that are.
+    """
+    build = _RuleBuilder(settings, columns, source)
+    candidates = [
+        Rule("url", "present", "reject", lambda batch: pc.greater(pc.utf8_length(batch["url"]), 0)),
+        build.aesthetic(),
+        build.similarity(),
+        build.size(),
+        build.aspect_ratio(),
+        build.caption(),
+        build.pwatermark(),
+        build.nsfw(),
+    ]
+    return [rule for rule in candidates if rule is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class _RuleBuilder:
+    settings: FilterSettings
+    columns: Columns
+    source: Path
+
+    def _need(self, column: str, key: str, spelled: str, advice: str = "") -> None:
+        if column not in self.columns.chosen:
+            raise DataError(
+                f"{self.source}: filter.{key} needs a column {spelled}; columns present: "
+                f"{', '.join(self.columns.present)}; {advice}or switch the rule off with filter.{key}: null"
+            )
+
+    def aesthetic(self) -> Rule | None:
+        least, scale = self.settings.min_aesthetic, self.settings.aesthetic_scale
+        if least is None:
+            return None
+        other = "v1" if scale == "v2" else "v2"
+        has_other = f"aesthetic_{other}" in self.columns.chosen
+        advice = f"set filter.aesthetic_scale: {other} (with a threshold of that scale), " if has_other else ""
+        self._need(f"aesthetic_{scale}", "min_aesthetic", "AESTHETIC_SCORE" if scale == "v2" else "aesthetic", advice)
+        return Rule("aesthetic", f"{scale} >= {least:g}", self._nulls("aesthetic"), _least(f"aesthetic_{scale}", least))
+
+    def similarity(self) -> Rule | None:
+        least = self.settings.min_similarity
+        if least is None:
+            return None
+        self._need("similarity", "min_similarity", "similarity")
+        return Rule("similarity", f">= {least:g}", self._nulls("similarity"), _least("similarity", least))
+
+    def size(self) -> Rule | None:
+        checks, words = [], []
+        for side in ("width", "height"):
+            least = self.settings.min_width if side == "width" else self.settings.min_height
+            if least is not None:
+                self._need(side, f"min_{side}", side.upper())
+                checks.append(_least(side, least))
+                words.append(f"{side} >= {least}")
+        return Rule("size", ", ".join(words), self._nulls("size"), _all(checks)) if checks else None
+
+    def aspect_ratio(self) -> Rule | None:
+        low, high = self.settings.min_aspect_ratio, self.settings.max_aspect_ratio
+        if low is None and high is None:
+            return None
+        key = "min_aspect_ratio" if low is not None else "max_aspect_ratio"
+        for side in ("width", "height"):
+            self._need(side, key, side.upper())
+
+        def ratio(batch: pa.RecordBatch) -> pa.Array:
+            return pc.divide(batch["width"].cast(pa.float64()), batch["height"].cast(pa.float64()))
+
+        return Rule("aspect_ratio", _range_words("", low, high), self._nulls("size"), _between(ratio, low, high))
+
+    def caption(self) -> Rule | None:
+        low, high = self.settings.min_caption_chars, self.settings.max_caption_chars
+        if low is None and high is None:
+            return None
+
+        def length(batch: pa.RecordBatch) -> pa.Array:
+            return pc.utf8_length(pc.utf8_trim_whitespace(batch["caption"]))
+
+        words = _range_words(" characters", low, high)
+        return Rule("caption", words, self._nulls("caption"), _between(length, low, high))
+
+    def pwatermark(self) -> Rule | None:
+        limit = self.settings.max_pwatermark
+        if limit is None:
+            return None
+        self._need("pwatermark", "max_pwatermark", "pwatermark")
+        return Rule("pwatermark", f"< {limit:g}", self._nulls("pwatermark"), _below("pwatermark", limit))
+
+    def nsfw(self) -> Rule | None:
+        allow, limit = self.settings.nsfw_allow, self.settings.max_punsafe
+        if allow is None:
+            return None
+        if "nsfw" in self.columns.chosen:
+            values = pa.array(allow, pa.string())
+
+            def is_allowed(batch: pa.RecordBatch) -> pa.Array:
+                inside = pc.is_in(batch["nsfw"], value_set=values)
+                return pc.if_else(batch["nsfw"].is_null(), pa.scalar(None, pa.bool_()), inside)
+
+            return Rule("nsfw", f"in {{{', '.join(allow)}}}", self._nulls("nsfw"), is_allowed)
+        self._need("punsafe", "nsfw", "NSFW or punsafe")
+        return Rule("nsfw", f"punsafe < {limit:g}", self._nulls("nsfw"), _below("punsafe", limit))
+
+    def _nulls(self, family: str) -> NullPolicy:
+        return self.settings.nulls[family]
+
+
+def _threshold(value: float, kind: pa.DataType) -> pa.Scalar:
+    """A threshold in the column's own precision: 0.7 of a float32 column is its nearest float32, not 0.7 itself."""
+    return pa.scalar(value, pa.float64()).cast(kind) if pa.types.is_floating(kind) else pa.scalar(value)
+
+
+def _least(column: str, value: float) -> Check:
+    return lambda batch: pc.greater_equal(batch[column], _threshold(value, batch[column].type))
+
+
+def _below(column: str, value: float) -> Check:
+    return lambda batch: pc.less(batch[column], _threshold(value, batch[column].type))
+
+
+def _between(measure: Check, low: float | None, high: float | None) -> Check:
+    def check(batch: pa.RecordBatch) -> pa.Array:
+        values = measure(batch)
+        if pa.types.is_floating(values.type):  # 0 / 0 pixels is an absent ratio
+            values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+        bounds = [] if low is None else [pc.greater_equal(values, pa.scalar(low))]
+        bounds += [] if high is None else [pc.less_equal(values, pa.scalar(high))]
+        return _conjunction(bounds)
+
+    return check
+
+
+def _all(checks: Sequence[Check]) -> Check:
+    return lambda batch: _conjunction([check(batch) for check in checks])
+
+
+def _conjunction(parts: Sequence[pa.Array]) -> pa.Array:
+    """Kleene logic: false beats null, so an absent height does not save a row whose width is too small."""
+    result = parts[0]
+    for part in parts[1:]:
+        result = pc.and_kleene(result, part)
+    return result
+
+
+def _range_words(unit: str, low: float | None, high: float | None) -> str:
+    if low is not None and high is not None:
+        return f"{low:g} - {high:g}{unit}"
+    return f">= {low:g}{unit}" if low is not None else f"<= {high:g}{unit}"
+
+
+def apply_rules(batch: pa.RecordBatch, rules: Sequence[Rule]) -> tuple[pa.RecordBatch, dict[str, int]]:
+    """The rows that pass every rule, and how many each rule was the first to reject."""
+    alive = pa.array([True]).take(pa.array([0] * batch.num_rows, pa.int64()))
+    rejected = {}
+    for rule in rules:
+        left = pc.and_(alive, rule.passes(batch))
+        rejected[rule.name] = _count(alive) - _count(left)
+        alive = left
+    return batch.filter(alive), rejected
+
+
+def _count(mask: pa.Array) -> int:
+    return pc.sum(mask).as_py() or 0
+
+
+@dataclass(frozen=True)
+class FilterStage:
+    """Rows that pass all rules, one output for each canonical file.
+
+    Attributes:
+        settings: The thresholds.
+        source: Folder of the metadata stage.
+        folder: Where the filtered files and funnel.json go.
+    """
+
+    settings: FilterSettings
+    source: Path
+    folder: Path
+    name: str = "filter"
+    version: str = "1"
+    needs: Needs = field(default_factory=Needs)
+
+    def config_facts(self) -> dict[str, Any]:
+        """Every threshold."""
+        return self.settings.facts()
+
+    def units(self) -> list[Unit]:
+        """One for each canonical file."""
+        return one_to_one(self.source, ".parquet")
+
+    def worker(self) -> Work:
+        """Stream one file through the rules."""
+
+        def work(unit: Unit, folder: Path) -> dict[str, Any]:
+            file = pq.ParquetFile(unit.inputs[0])
+            rules = rules_for(self.settings, Columns.of_canonical(file.schema_arrow), unit.inputs[0])
+            funnel = Funnel.empty([(rule.name, rule.setting) for rule in rules])
+            with pq.ParquetWriter(folder / f"{unit.name}.parquet", file.schema_arrow, compression="zstd") as writer:
+                for batch in file.iter_batches(BATCH_ROWS):
+                    passed, rejected = apply_rules(batch, rules)
+                    writer.write_batch(passed)
+                    funnel = funnel.add(batch.num_rows, rejected)
+            return funnel.to_json()
+
+        return work
+
+    def report(self, stats: Sequence[Mapping[str, Any]]) -> Table:
+        """Add the files' funnels up, write funnel.json, show the table."""
+        funnel = Funnel.total([Funnel.from_json(row) for row in stats])
+        funnel.write(self.folder / "funnel.json")
+        return funnel.table()
