@@ -330,9 +330,10 @@ def _kinds(letters: str) -> list[str]:
 
 
 # Constructor arguments by name. `readme` is a published variant of SD 1: attention at levels 1 to 3 instead of 0 to 2,
-# plain GELU, two decoder blocks per level, transposed convolutions, a time embedding as wide as the first level. The `lc_*` networks were configured with a layer norm on the context, which
-# diffusers' cross-attention blocks silently leave out; their published counts have none, and neither have these.
-# `unet_r3` and `unet_r5` have heads of 8 channels, diffusers' default for UNet2DModel.
+# plain GELU, two decoder blocks per level, transposed convolutions, a time embedding as wide as the first level. The
+# `lc_*` networks were configured with a layer norm on the context, which diffusers' cross-attention blocks silently
+# leave out; their published counts have none, and neither have these. `unet_r3` and `unet_r5` have heads of 8 channels,
+# diffusers' default for UNet2DModel.
 PRESETS: dict[str, dict[str, Any]] = {
     "sd15": {**_SD, "num_heads": 8, "context_dim": 768},
     "sd2": {**_SD, "head_dim": 64, "context_dim": 1024, "linear_projection": True},
