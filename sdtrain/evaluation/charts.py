@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import io
 import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +100,7 @@ def chart_svg(chart: Chart, name: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, str | float] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.size": 9,
@@ -174,6 +175,5 @@ def _embeddable(document: str, title: str, name: str) -> str:
     opening = re.compile(r"<svg[^>]*>")
     viewbox = re.search(r'viewBox="[^"]*"', svg)
     assert viewbox is not None, "matplotlib writes a viewBox"
-    label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    head = f'<svg class="chart" role="img" aria-label="{label}" {viewbox[0]} xmlns="http://www.w3.org/2000/svg">'
+    head = f'<svg class="chart" role="img" aria-label="{html.escape(title)}" {viewbox[0]} xmlns="http://www.w3.org/2000/svg">'
     return opening.sub(lambda _: head, svg, count=1).strip()

@@ -209,7 +209,8 @@ def _tiles(
         tiles.append(Tile(format_share(share), "survived the filter", note))
     for story in stories:
         if story.final_loss is not None:
-            note = f"after {format_count(story.last_step)} steps, {story.num_restarts} restarts"
+            restarts = f"{story.num_restarts} restart{'s' * (story.num_restarts != 1)}"
+            note = f"after {format_count(story.last_step)} steps, {restarts}"
             tiles.append(Tile(format_figure(story.final_loss), f"loss, {story.name}", note))
     if best is not None:
         scale = best.get("sampling", {}).get("guidance_scale")
