@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from sdtrain.data import loader as loader_module
 from sdtrain.data.dataset import ShardDataset
 from sdtrain.data.loader import collate, train_loader, validation_loader
 from sdtrain.data.manifest import Manifest, describe_shard, write_manifest
@@ -104,6 +105,16 @@ def test_a_batch_is_stacked_with_its_types(manifest: Manifest):
     assert batch.weights.dtype == torch.float32
     assert batch.errors == ()
     assert batch.fields["moments"][:, 0, 0, 0].tolist() == [int(key[1:]) for key in batch.keys]
+
+
+def test_a_batch_survives_pinned_memory(manifest: Manifest):
+    """Pinning hands tuples back as lists; imitated here, as it needs an accelerator."""
+    dataset = make(manifest)
+    plain = loader_module._collate_plain([dataset[position] for position in (4, 5)])
+    lists = {name: list(part) if isinstance(part, tuple) else part for name, part in plain.items()}
+    pinned, batch = loader_module._as_batch(lists), collate([dataset[position] for position in (4, 5)])
+    assert (pinned.keys, pinned.errors) == (batch.keys, ())
+    assert rows(pinned) == rows(batch)
 
 
 def test_steps_and_micro_steps_come_in_order(manifest: Manifest):
@@ -269,5 +280,5 @@ def test_impossible_batches_are_refused_before_anything_starts(manifest: Manifes
                 num_workers=0,
                 prefetch=1,
             )
-    with pytest.raises(ConfigError, match="validation.batch_size is 0; at least 1 is needed"):
+    with pytest.raises(ConfigError, match=r"validation.batch_size is 0; at least 1 is needed"):
         validation_loader(make(manifest), num_samples=1, batch_size=0, world_size=1, rank=0, num_workers=0, prefetch=1)
