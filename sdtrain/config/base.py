@@ -16,6 +16,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 """A share or a probability, in [0, 1]."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """A factor of an exponential average, in [0, 1)."""
+SchemaVersion = Annotated[int, Field(ge=1, le=1)]
+"""`migrate` has brought the page to today's keys before this is looked at."""
 NonEmptyStr = Annotated[str, Field(min_length=1)]
 
 _ENTRY = re.compile(r"^(\w+): (.+(?:\n[ ]{4,}.+)*)", re.MULTILINE)

@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdtrain.config.base import Fraction, NonEmptyStr, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from sdtrain.config.base import (
+    Fraction,
+    NonEmptyStr,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SchemaVersion,
+    Section,
+)
 from sdtrain.config.problems import Problem
 from sdtrain.config.trainer import Precision
 
@@ -163,8 +171,8 @@ class DownloadConfig(Section):
     timeout_seconds: PositiveFloat = 10.0
     total_timeout_seconds: PositiveFloat = 60.0
     retries: NonNegativeInt = 2
-    max_bytes: PositiveInt = 50_000_000
-    max_pixels: PositiveInt = 100_000_000
+    max_bytes: PositiveInt = 33_554_432
+    max_pixels: PositiveInt = 64_000_000
     allowed_ports: tuple[Port, ...] = Field(default=(80, 443), min_length=1)
     allow_loopback: bool = False
     max_redirects: NonNegativeInt = 3
@@ -231,7 +239,7 @@ class IngestionConfig(Section):
         runner: How the stages are spread.
     """
 
-    schema_version: Literal[1]
+    schema_version: SchemaVersion
     kind: Literal["ingestion"]
     name: NonEmptyStr | None = None
     output: Path

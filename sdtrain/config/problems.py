@@ -22,7 +22,6 @@ _WANTED = {
     "bool_type": "true or false",
     "tuple_type": "a list, like [a, b]",
     "list_type": "a list, like [a, b]",
-    "path_type": "a path",
     "dict_type": "a section of key: value lines",
     "model_type": "a section of key: value lines",
     "model_attributes_type": "a section of key: value lines",

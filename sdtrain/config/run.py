@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sdtrain.config.autoencoder import AutoencoderConfig
-from sdtrain.config.base import NonEmptyStr, NonNegativeInt, Section
+from sdtrain.config.base import NonEmptyStr, NonNegativeInt, SchemaVersion, Section
 from sdtrain.config.checkpoint import CheckpointConfig
 from sdtrain.config.conditioner import ClipTextConfig, ConditionerConfig
 from sdtrain.config.data import DataConfig
@@ -48,7 +48,7 @@ class TrainingConfig(Section):
         tracking: The copy of the metrics in Weights & Biases.
     """
 
-    schema_version: Literal[1]
+    schema_version: SchemaVersion
     kind: Literal["training"] = "training"
     name: NonEmptyStr | None = None
     run_dir: Path | None = None

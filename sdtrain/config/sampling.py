@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from sdtrain.config.base import Fraction, NonEmptyStr, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
+from sdtrain.config.base import (
+    Fraction,
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    SchemaVersion,
+    Section,
+)
 from sdtrain.config.problems import Problem
 from sdtrain.config.trainer import Precision
 from sdtrain.errors import ConfigError
@@ -33,7 +41,7 @@ class SamplingConfig(Section):
         precision: Working precision of the denoiser.
     """
 
-    schema_version: Literal[1]
+    schema_version: SchemaVersion
     kind: Literal["sampling"]
     name: NonEmptyStr | None = None
     run: Path

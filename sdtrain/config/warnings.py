@@ -92,7 +92,7 @@ def _guidance(config: TrainingConfig) -> Iterator[str]:
 
 def _ingestion(config: IngestionConfig) -> Iterator[str]:
     if isinstance(config.source, LaionSource) and not config.download.contact:
-        yield "download.contact is empty: owners of sites cannot reach you; give an e-mail or URL"
+        yield "download.contact is empty: nothing is downloaded before it names an e-mail or URL for site owners"
     if config.download.allow_loopback:
         yield "download.allow_loopback is true: URLs of this machine are fetched; for tests and the demo only"
     if config.filter.min_aesthetic is None and _is_set(config.filter, "aesthetic_scale"):
