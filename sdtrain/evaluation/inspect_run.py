@@ -127,13 +127,15 @@ def examine(run: Path, *, verify: bool = True) -> Inspection:
             f"{run}: no run folder; it holds none of {run_dir.checkpoints.name}/, {run_dir.ledger.name}, "
             f"{run_dir.metrics.name}, {run_dir.config.name}. Give the run_dir of a `sdtrain train`."
         )
-    entries = [_entry(checkpoint, verify) for checkpoint in list_checkpoints(run_dir.checkpoints)]
+    checkpoints = list_checkpoints(run_dir.checkpoints)
+    entries = [_entry(checkpoint, verify) for checkpoint in checkpoints]
     rows = run_dir.ledger_rows()
     newest = next((entry.step for entry in entries if not entry.problems), None)
+    lineage = trace_lineage([*_unwritten(checkpoints, rows), *rows], newest)
     events: dict[str, int] = {}
     for row in rows:
         events[str(row.get("event"))] = events.get(str(row.get("event")), 0) + 1
-    return Inspection(str(run), entries, trace_lineage(rows, newest), run_dir.read_exit(), events)
+    return Inspection(str(run), entries, lineage, run_dir.read_exit(), events)
 
 
 def _entry(checkpoint: Checkpoint, verify: bool) -> Entry:
@@ -150,6 +152,24 @@ def _entry(checkpoint: Checkpoint, verify: bool) -> Entry:
         problems=verify_checkpoint(checkpoint) if verify or checkpoint.damage else None,
         retained="pinned" if checkpoint.pinned else "",
     )
+
+
+def _unwritten(checkpoints: Iterable[Checkpoint], rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that the ledger lacks where an attempt was killed between a commit and its row; manifests know them."""
+    ends = {folder_name(row["step"]): row["last_position"] for row in rows if row.get("event") == "commit"}
+    added: list[dict[str, Any]] = []
+    for checkpoint in sorted(checkpoints, key=lambda checkpoint: checkpoint.step):
+        said = checkpoint.manifest
+        name, parent = folder_name(checkpoint.step), said.get("parent")
+        if name in ends or "samples_seen" not in said or (parent is not None and parent not in ends):
+            continue
+        ends[name] = said["samples_seen"]
+        start = 0 if parent is None else ends[parent]
+        place = {"first_position": start, "last_position": ends[name]}
+        added.append(
+            {"event": "commit", "step": checkpoint.step, "parent": parent, "attempt": said["attempt"], **place}
+        )
+    return added
 
 
 def trace_lineage(rows: Iterable[Mapping[str, Any]], newest_step: int | None) -> Lineage:
