@@ -66,7 +66,8 @@ class _Reader:
             place = self._place or f"line {key_node.start_mark.line + 1}"
             if key in plain:
                 first = self.page.places[*path, key]
-                self._refuse((*path, key), f"is given twice, in {first} and {place}; remove one")
+                where = "" if first == place else f", in {first} and {place}"
+                self._refuse((*path, key), f"is given twice{where}; remove one")
                 continue
             self.page.places[*path, key] = place
             plain[key] = self._plain(value_node, (*path, key))

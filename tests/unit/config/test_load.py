@@ -137,12 +137,12 @@ def test_override_makes_absent_sections(page: Path) -> None:
         ),
         (
             "optimizer.betas=[0.9",
-            "optimizer.betas: the value '[0.9' on the command line is not YAML: "
-            "expected ',' or ']', but got '<stream end>' (line 1, column 6)",
+            "optimizer.betas (line 9): the value '[0.9' on the command line is not YAML: "
+            "expected ',' or ']', but got '<stream end>' (line 1, column 5)",
         ),
         (
             "ema={decay: 0.9, decay: 0.8}",
-            "ema.decay = 0.9 (command line): is given twice, in command line and command line; remove one",
+            "ema.decay = 0.9 (command line): is given twice; remove one",
         ),
     ],
 )
@@ -385,7 +385,7 @@ def test_newer_page_is_refused(page: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("version", ["true", "one", "1.0"])
+@pytest.mark.parametrize("version", ["true", "one", "[1]"])
 def test_schema_version_is_a_whole_number(page: Path, version: str) -> None:
     (line,) = mistakes(page, f"schema_version={version}")
     assert line.endswith(" (command line): must be a whole number")

@@ -1,0 +1,286 @@
+"""Rules between sections: what no single section can know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sdtrain.config.load import load_config, load_sampling, load_training
+from sdtrain.config.run import allowed_world_sizes, grad_accum_steps
+from sdtrain.errors import ConfigError, ExitCode
+
+TRAINING = """\
+schema_version: 1
+task: {type: latent_diffusion}
+data: {manifest: m.json, batch_size: 12, micro_batch_size: 2}
+autoencoder:
+  type: kl
+  arch: {latent_channels: 4, channels: [16, 32], norm_groups: 8}
+denoiser:
+  type: unet
+  arch:
+    {in_channels: 4, out_channels: 4, channels: [32, 64], down_blocks: [cross, plain], num_heads: 4, context_dim: 32,
+     norm_groups: 8}
+conditioner: {type: clip_text, arch: {hidden_size: 32, num_layers: 1, num_heads: 4}}
+process: {beta_schedule: linear, beta_start: 1e-4, beta_end: 0.02, prediction_type: epsilon}
+optimizer: {learning_rate: 1e-3, lr_schedule: constant}
+trainer: {max_steps: 4, precision: fp32}
+"""
+INGESTION = """\
+schema_version: 1
+kind: ingestion
+output: data/x
+source: {type: laion, metadata: metadata}
+"""
+SAMPLING = """\
+schema_version: 1
+kind: sampling
+run: runs/x
+output: out
+"""
+
+
+def page(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "page.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["data.micro_batch_size=5"],
+            "data.micro_batch_size = 5 (command line): must divide data.batch_size = 12; allowed are 1, 2, 3, 4, 6, 12",
+        ),
+        (
+            ["trainer.max_epochs=1"],
+            "trainer (line 15): give exactly one of max_steps and max_epochs, and set the other to null",
+        ),
+        (
+            ["trainer.max_steps=null"],
+            "trainer (line 15): give exactly one of max_steps and max_epochs, and set the other to null",
+        ),
+        (
+            ["optimizer.warmup_steps=4"],
+            "optimizer.warmup_steps = 4 (command line): must be < trainer.max_steps = 4",
+        ),
+        (
+            ["optimizer.warmup_steps=1", "optimizer.warmup_start_lr=0.01"],
+            "optimizer.warmup_start_lr = 0.01 (command line): must be <= optimizer.learning_rate = 0.001",
+        ),
+        (
+            ["conditioner=null"],
+            "conditioner = null (command line): is missing; task.type = latent_diffusion needs it, "
+            "for example conditioner: {type: none}",
+        ),
+        (
+            ["process=null"],
+            "process = null (command line): is missing; task.type = latent_diffusion needs it, "
+            "for example process: {beta_schedule: scaled_linear, prediction_type: epsilon}",
+        ),
+        (
+            ["denoiser=null"],
+            "denoiser = null (command line): is missing; task.type = latent_diffusion needs it, "
+            "for example denoiser: {type: unet, preset: sd15}",
+        ),
+        (
+            ["autoencoder.weights=some/vae"],
+            "autoencoder (line 4): give exactly one of weights, preset, arch; found weights and arch",
+        ),
+        (
+            ["autoencoder.arch=null"],
+            "autoencoder (line 4): give exactly one of weights, preset, arch; found none",
+        ),
+        (
+            ["denoiser.preset=unet_r3"],
+            "denoiser (line 7): give exactly one of weights, preset, arch; found preset and arch",
+        ),
+        (
+            ["conditioner.weights=some/clip"],
+            "conditioner (line 12): give exactly one of weights, arch; found weights and arch",
+        ),
+        (
+            ["autoencoder.arch.norm_groups=16", "autoencoder.arch.channels=[16, 24, 40]"],
+            "autoencoder.arch.norm_groups = 16 (command line): "
+            "must divide every width in autoencoder.arch.channels, not so 24, 40",
+        ),
+        (
+            ["denoiser.arch.norm_groups=5"],
+            "denoiser.arch.norm_groups = 5 (command line): "
+            "must divide every width in denoiser.arch.channels, not so 32, 64",
+        ),
+        (
+            ["denoiser.arch.down_blocks=[cross]"],
+            'denoiser.arch.down_blocks = ["cross"] (command line): '
+            "must name one block per width in denoiser.arch.channels, 2 in all",
+        ),
+        (
+            ["denoiser.arch.head_dim=8"],
+            "denoiser.arch (line 9): give exactly one of num_heads and head_dim",
+        ),
+        (
+            ["denoiser.arch.num_heads=null"],
+            "denoiser.arch (line 9): give exactly one of num_heads and head_dim",
+        ),
+        (
+            ["denoiser.arch.num_heads=3"],
+            "denoiser.arch.num_heads = 3 (command line): must divide the width of every attending block, not so 32, 64",
+        ),
+        (
+            ["denoiser.arch.context_dim=null"],
+            "denoiser.arch.context_dim = null (command line): is missing; "
+            "cross-attention needs the width of the conditioning tokens",
+        ),
+        (
+            ["conditioner.arch.num_heads=5"],
+            "conditioner.arch.num_heads = 5 (command line): must divide conditioner.arch.hidden_size = 32",
+        ),
+        (
+            ["conditioner.arch.hidden_size=64"],
+            "conditioner.arch.hidden_size = 64 (command line): must be 32, the width that the denoiser attends to",
+        ),
+        (
+            ["denoiser={type: unet, preset: sd15}"],
+            "conditioner.arch.hidden_size = 32 (line 12): must be 768, the width that the denoiser attends to",
+        ),
+        (
+            ["denoiser.arch.in_channels=3"],
+            "denoiser.arch.in_channels = 3 (command line): must be autoencoder.arch.latent_channels = 4",
+        ),
+        (
+            ["denoiser.arch.out_channels=8"],
+            "denoiser.arch.out_channels = 8 (command line): must be autoencoder.arch.latent_channels = 4",
+        ),
+        (["process.beta_start=0.5"], "process.beta_start = 0.5 (command line): must be < process.beta_end = 0.02"),
+        (
+            ["process.num_train_timesteps=8", "samples={every_steps: 1, prompts: [a], num_steps: 9}"],
+            "samples.num_steps = 9 (command line): must be <= process.num_train_timesteps = 8",
+        ),
+        (
+            ["process.num_train_timesteps=8", "validation={every_steps: 1, num_samples: 1, batch_size: 1}"],
+            "validation.timestep_bins (command line): must be <= process.num_train_timesteps = 8",
+        ),
+        (
+            ["checkpoint={every_steps: 4, keep_every_steps: 6}"],
+            "checkpoint.keep_every_steps = 6 (command line): must be a multiple of checkpoint.every_steps = 4",
+        ),
+    ],
+)
+def test_training_rules(tmp_path: Path, overrides: list[str], line: str) -> None:
+    path = page(tmp_path, TRAINING)
+    load_training(path)
+    with pytest.raises(ConfigError) as caught:
+        load_training(path, overrides)
+    assert str(caught.value).splitlines()[1:-1] == [f"  {line}"]
+
+
+def test_what_the_rules_leave_alone(tmp_path: Path) -> None:
+    path = page(tmp_path, TRAINING)
+    load_training(path, ["process.beta_schedule=cosine", "process.beta_start=0.5"])
+    load_training(path, ["denoiser={type: unet, weights: some/unet}", "conditioner.arch.hidden_size=64"])
+    autoencoding = ["task={type: autoencoding}", "denoiser=null", "conditioner=null", "process=null"]
+    assert load_training(path, autoencoding).denoiser is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["filter.min_aspect_ratio=3"],
+            "filter.min_aspect_ratio = 3 (command line): must be <= filter.max_aspect_ratio = 2, else no row is left",
+        ),
+        (
+            ["filter.max_caption_chars=10"],
+            "filter.min_caption_chars (command line): must be <= filter.max_caption_chars = 10, else no row is left",
+        ),
+        (
+            ["filter.min_width=256"],
+            "filter.min_width = 256 (command line): must be >= download.image_size = 512; "
+            "raise it, or set download.only_if_bigger=false",
+        ),
+        (
+            ["download.total_timeout_seconds=5"],
+            "download.total_timeout_seconds = 5 (command line): must be >= download.timeout_seconds = 10",
+        ),
+        (
+            ["download.allowed_ports=[80, 70000]"],
+            "download.allowed_ports.1 = 70000 (command line): must be <= 65535",
+        ),
+        (["encode={}"], "encode.autoencoder (command line): is missing: A folder in diffusers' layout or a hub name."),
+        (
+            ["source.type=loain"],
+            'source.type = "loain" (command line): must be one of laion, digits; did you mean laion?',
+        ),
+    ],
+)
+def test_ingestion_rules(tmp_path: Path, overrides: list[str], line: str) -> None:
+    path = page(tmp_path, INGESTION)
+    load_config(path)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert str(caught.value).splitlines()[1:-1] == [f"  {line}"]
+
+
+def test_smaller_pictures_may_be_enlarged(tmp_path: Path) -> None:
+    path = page(tmp_path, INGESTION)
+    load_config(path, ["filter.min_width=null", "filter.min_height=null"])
+    load_config(path, ["filter.min_width=1", "filter.min_height=1", "download.only_if_bigger=false"])
+
+
+@pytest.mark.parametrize("overrides", [[], ["prompts=[a]", "prompts_file=p.txt"]])
+def test_prompts_have_one_source(tmp_path: Path, overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"prompts.*: give exactly one of prompts \(a list\) and prompts_file \(one"):
+        load_sampling(page(tmp_path, SAMPLING), overrides)
+
+
+def test_prompts_from_page_or_file(tmp_path: Path) -> None:
+    path = page(tmp_path, SAMPLING)
+    file = tmp_path / "prompts.txt"
+    assert load_sampling(path, ["prompts=[a, b]"]).all_prompts() == ("a", "b")
+    config = load_sampling(path, [f"prompts_file={file}"])
+    with pytest.raises(ConfigError, match=r"prompts_file = .*prompts.txt cannot be read as text: .*No such file"):
+        config.all_prompts()
+    file.write_text(" \n\n")
+    with pytest.raises(ConfigError, match=r"prompts_file = .*prompts.txt holds no prompt; write one per line"):
+        config.all_prompts()
+    file.write_text("a cat \n\n a dog\n")
+    assert config.all_prompts() == ("a cat", "a dog")
+
+
+# World sizes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ranks", "steps"), [(1, 6), (2, 3), (3, 2), (6, 1)])
+def test_accumulation_follows_from_the_ranks(tmp_path: Path, ranks: int, steps: int) -> None:
+    config = load_training(page(tmp_path, TRAINING))
+    assert grad_accum_steps(config, ranks) == steps
+    assert config.data.batch_size == config.data.micro_batch_size * steps * ranks
+
+
+def test_impossible_ranks_name_the_allowed_ones(tmp_path: Path) -> None:
+    config = load_training(page(tmp_path, TRAINING))
+    with pytest.raises(ConfigError) as caught:
+        grad_accum_steps(config, 5)
+    assert str(caught.value) == (
+        "data.batch_size = 12 does not split into micro-batches of data.micro_batch_size = 2 on 5 ranks; "
+        "with these sizes the number of ranks may be 1, 2, 3, 6"
+    )
+    assert caught.value.exit_code == ExitCode.CONFIG
+
+
+def test_possible_ranks_with_another_micro_batch_name_it(tmp_path: Path) -> None:
+    config = load_training(page(tmp_path, TRAINING), ["data.micro_batch_size=6"])
+    with pytest.raises(ConfigError) as caught:
+        grad_accum_steps(config, 4)
+    assert str(caught.value) == (
+        "data.batch_size = 12 does not split into micro-batches of data.micro_batch_size = 6 on 4 ranks; "
+        "with these sizes the number of ranks may be 1, 2; on 4 ranks data.micro_batch_size may be 1, 3"
+    )
+
+
+def test_allowed_world_sizes_are_the_divisors() -> None:
+    assert allowed_world_sizes(12) == (1, 2, 3, 4, 6, 12)
+    assert allowed_world_sizes(512, 32) == (1, 2, 4, 8, 16)
+    assert allowed_world_sizes(7, 7) == (1,)

@@ -1,0 +1,100 @@
+"""Settings without effect are named, and good pages are silent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sdtrain.config.base import Section
+from sdtrain.config.load import load_config
+from sdtrain.config.warnings import warnings
+
+CONFIGS = Path(__file__).parents[3] / "configs/sd15"
+
+
+@pytest.mark.parametrize(
+    ("page", "overrides", "line"),
+    [
+        (
+            "train",
+            ["optimizer.warmup_steps=0"],
+            "optimizer.warmup_start_lr has no effect: optimizer.warmup_steps is 0",
+        ),
+        (
+            "train",
+            ["optimizer.lr_schedule=constant"],
+            "optimizer.final_lr_fraction has no effect: optimizer.lr_schedule is constant",
+        ),
+        (
+            "train",
+            ["optimizer.weight_decay=0", "optimizer.weight_decay_on=matrices"],
+            "optimizer.weight_decay_on has no effect: optimizer.weight_decay is 0",
+        ),
+        (
+            "tiny/train",
+            ["samples.every_steps=100"],
+            "samples.every_steps = 100 is beyond trainer.max_steps = 4: only the end counts",
+        ),
+        (
+            "tiny/train",
+            ["validation.every_steps=5"],
+            "validation.every_steps = 5 is beyond trainer.max_steps = 4: only the end counts",
+        ),
+        ("tiny/train", ["data.prefetch=2"], "data.prefetch has no effect: data.num_workers is 0"),
+        (
+            "train",
+            ["task.condition_dropout=0"],
+            "samples.guidance_scale = 7.5 means nothing: with task.condition_dropout = 0 the network never learns the "
+            "empty condition",
+        ),
+        (
+            "autoencoder",
+            ["trainer.precision=bf16"],
+            "trainer.precision = bf16 has no effect: autoencoders are trained in fp32",
+        ),
+        ("autoencoder", ["conditioner={type: none}"], "conditioner has no effect: task.type is autoencoding"),
+        (
+            "data",
+            ["download.contact=null"],
+            "download.contact is empty: nothing is downloaded before it names an e-mail or URL for site owners",
+        ),
+        (
+            "data",
+            ["download.contact=me", "filter.min_aesthetic=null"],
+            "filter.aesthetic_scale has no effect: filter.min_aesthetic is null",
+        ),
+        (
+            "data",
+            ["download.contact=me", "download.allow_loopback=true"],
+            "download.allow_loopback is true: URLs of this machine are fetched; for tests and the demo only",
+        ),
+        ("sample", ["sampler=ddpm"], "eta has no effect: sampler is ddpm"),
+    ],
+)
+def test_one_warning(page: str, overrides: list[str], line: str) -> None:
+    assert warnings(load_config(CONFIGS / f"{page}.yaml", overrides)) == [line]
+
+
+def test_cosine_betas() -> None:
+    config = load_config(CONFIGS / "train.yaml", ["process.beta_schedule=cosine"])
+    assert warnings(config) == [
+        f"process.{key} has no effect: process.beta_schedule is cosine" for key in ("beta_start", "beta_end")
+    ]
+
+
+def test_unconditional() -> None:
+    config = load_config(CONFIGS / "train.yaml", ["conditioner={type: none}"])
+    assert warnings(config) == [
+        "task.condition_dropout has no effect: conditioner.type is none",
+        "samples.prompts and samples.guidance_scale have no effect: conditioner.type is none",
+    ]
+
+
+@pytest.mark.parametrize("page", ["train", "train_2x32gb", "autoencoder", "sample", "tiny/train", "tiny/sample"])
+def test_good_pages_are_silent(page: str) -> None:
+    assert warnings(load_config(CONFIGS / f"{page}.yaml")) == []
+
+
+def test_other_sections_have_no_warnings() -> None:
+    assert warnings(Section()) == []
