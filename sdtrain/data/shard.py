@@ -120,8 +120,8 @@ def _check_member(member: tarfile.TarInfo, end: int, source: Path) -> None:
     name = member.name
     if member.size < 0 or member.offset_data < end:
         raise DataError(f"{source}: member {name!r} claims {member.size} bytes at {member.offset_data}; damaged header")
-    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        raise DataError(f"{source}: member {name!r} is no regular file (type {member.type!r}); links are refused too")
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+        raise DataError(f"{source}: member {name!r} is no regular file (type {member.type!r}); no links, no holes")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise DataError(f"{source}: member {name!r} has an absolute name or '..' in it")
