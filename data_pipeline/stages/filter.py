@@ -63,7 +63,7 @@ class FilterSettings:
         max_caption_chars: Most characters.
         max_pwatermark: Watermark probabilities below this pass.
         nsfw_allow: Values of a string column NSFW that pass; None switches the rule off.
-        max_punsafe: Where there is only `punsafe`: values below this pass.
+        max_punsafe: Where there is only `punsafe`: values below this pass; None switches the rule off.
         nulls: Rule family (aesthetic, similarity, size, caption, pwatermark, nsfw) -> reject or keep.
     """
 
@@ -78,7 +78,7 @@ class FilterSettings:
     max_caption_chars: int | None
     max_pwatermark: float | None
     nsfw_allow: tuple[str, ...] | None
-    max_punsafe: float
+    max_punsafe: float | None
     nulls: Mapping[str, NullPolicy]
 
     def facts(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class _RuleBuilder:
 
     def nsfw(self) -> Rule | None:
         allow, limit = self.settings.nsfw_allow, self.settings.max_punsafe
-        if allow is None:
+        if allow is None or limit is None:
             return None
         if "nsfw" in self.columns.chosen:
             values = pa.array(allow, pa.string())

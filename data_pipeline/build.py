@@ -1,0 +1,102 @@
+"""Where the ingestion page meets the stages: a configuration in, runnable stages out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from data_pipeline.cluster import RayExecutor
+from data_pipeline.runner import Runner
+from data_pipeline.stage import Stage
+from data_pipeline.stages.filter import FilterSettings
+from sdtrain.config.ingestion import DigitsSource, FilterConfig, IngestionConfig, LaionSource
+
+
+def stages_for(config: IngestionConfig) -> list[Stage]:
+    """All stages of a page, in the order in which they run. Each folder's number is the stage's place."""
+    match config.source:
+        case LaionSource():
+            stages = _laion_stages(config, config.source)
+        case DigitsSource():
+            stages = [_digits_stage(config, config.source)]
+    return stages
+
+
+def _laion_stages(config: IngestionConfig, source: LaionSource) -> list[Stage]:
+    """Metadata to images."""
+    from data_pipeline.stages.dedup import dedup_stages
+    from data_pipeline.stages.download import DownloadStage
+    from data_pipeline.stages.filter import FilterStage
+    from data_pipeline.stages.metadata import MetadataStage
+
+    out = config.output
+    dedup = dedup_stages(
+        source=out / "02-filter",
+        folder=out / "03-dedup",
+        by=config.dedup.by,
+        seed=config.seed,
+        num_validation=config.validation.num_samples,
+        samples_per_shard=config.download.samples_per_shard,
+    )
+    return [
+        MetadataStage(source.metadata, source.columns, out / "01-metadata"),
+        FilterStage(filter_settings(config.filter), out / "01-metadata", out / "02-filter"),
+        *dedup,
+        DownloadStage(
+            out / "03-dedup",
+            images_folder(out),
+            config.download,
+            memory_limit_bytes=config.runner.memory_per_worker_bytes,
+        ),
+    ]
+
+
+def _digits_stage(config: IngestionConfig, source: DigitsSource) -> Stage:
+    """Images, rendered here."""
+    from data_pipeline.stages.digits import DigitsStage
+
+    return DigitsStage(
+        num_images=source.num_images,
+        num_validation=config.validation.num_samples,
+        image_size=config.download.image_size,
+        samples_per_shard=config.download.samples_per_shard,
+        seed=config.seed,
+        folder=images_folder(config.output),
+    )
+
+
+def images_folder(output: Path) -> Path:
+    """Where the image shards of every source lie."""
+    return output / "04-download"
+
+
+def filter_settings(config: FilterConfig) -> FilterSettings:
+    """The filter's plain settings."""
+    nsfw = config.nsfw
+    return FilterSettings(
+        min_aesthetic=config.min_aesthetic,
+        aesthetic_scale=config.aesthetic_scale,
+        min_similarity=config.min_similarity,
+        min_width=config.min_width,
+        min_height=config.min_height,
+        min_aspect_ratio=config.min_aspect_ratio,
+        max_aspect_ratio=config.max_aspect_ratio,
+        min_caption_chars=config.min_caption_chars,
+        max_caption_chars=config.max_caption_chars,
+        max_pwatermark=config.max_pwatermark,
+        nsfw_allow=None if nsfw is None else nsfw.allow,
+        max_punsafe=None if nsfw is None else nsfw.max_punsafe,
+        nulls=config.nulls.model_dump(),
+    )
+
+
+def runner_for(config: IngestionConfig, executor: RayExecutor, console: Console) -> Runner:
+    """The runner of a page."""
+    return Runner(output=config.output, executor=executor, max_attempts=config.runner.max_attempts, console=console)
+
+
+def executor_for(config: IngestionConfig) -> RayExecutor:
+    """Ray as the page wants it; nothing starts before the first stage has work."""
+    settings = config.runner
+    return RayExecutor(settings.workers, settings.address, settings.memory_per_worker_bytes)

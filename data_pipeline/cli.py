@@ -1,0 +1,151 @@
+"""`sdtrain-data`: from raw metadata to shards. Each command imports what it needs when it runs, so help is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sdtrain.errors import SdtrainError
+
+if TYPE_CHECKING:
+    from data_pipeline.runner import Runner
+    from data_pipeline.stage import Stage
+    from sdtrain.config.ingestion import IngestionConfig
+
+PLAIN = {"no_args_is_help": True, "rich_markup_mode": None}
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turn raw web metadata into training shards: filter, deduplicate, download, tokenize, encode.",
+    epilog="Exit codes: 0 done, 1 bug, 2 config, 3 data (failed shards are listed in OUT/dead_letter.json), 8 storage.",
+    **PLAIN,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A page of kind ingestion (YAML).")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting over the page; may be repeated.")
+]
+
+
+@app.command(epilog="Example: sdtrain-data run configs/sd15/data.yaml filter dedup filter.min_aesthetic=6 --dry-run")
+def run(
+    config: ConfigPath,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[STAGE | KEY=VALUE]...", help="Stages to run (default: all), settings over the page."),
+    ] = None,
+    settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and why, and stop.")] = False,
+) -> None:
+    """Bring a data set up to date: only what is missing or out of date is done."""
+    overrides = [word for word in words or () if "=" in word]
+    wanted = [word for word in words or () if "=" not in word]
+    page = _load(config, [*overrides, *(settings or ())])
+    from rich.console import Console
+
+    from data_pipeline.build import executor_for, runner_for, stages_for
+    from data_pipeline.runner import choose
+
+    stages = stages_for(page)
+    chosen = choose(stages, wanted)
+    with executor_for(page) as executor:
+        runner = runner_for(page, executor, Console())
+        if dry_run:
+            _print_plans(runner, [stage for stage in stages if stage.name in chosen], stages)
+        else:
+            _run(runner, stages, wanted)
+
+
+@app.command(epilog="Example: sdtrain-data status configs/sd15/data.yaml")
+def status(
+    config: ConfigPath, words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None
+) -> None:
+    """Show what each stage has committed, what is to be done and what failed."""
+    page = _load(config, words or ())
+    from rich.console import Console
+
+    from data_pipeline.build import executor_for, runner_for, stages_for
+
+    runner = runner_for(page, executor_for(page), Console())
+    stages = stages_for(page)
+    _print_plans(runner, stages, stages)
+    for row in runner.failures():
+        typer.echo(f"failed: {row['stage']} {row['unit']} after {row['attempts']} attempts: {row['error']}")
+
+
+@app.command("serve-digits", epilog="Example: sdtrain-data serve-digits data/digits --port 8123 --rows 12000")
+def serve_digits(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The world's folder; made where it is missing.")],
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; part of every URL of the world.")] = 8123,
+    rows: Annotated[int, typer.Option(help="Rows of metadata of a new world.")] = 12_000,
+    image_size: Annotated[int, typer.Option(help="Side of the pictures of a new world, in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of a new world.")] = 0,
+    make_only: Annotated[bool, typer.Option("--make-only", help="Write the world, serve nothing.")] = False,
+) -> None:
+    """Serve captioned pictures of real handwritten digits on loopback, with LAION metadata to ingest."""
+    from data_pipeline.sources.digits import make_world
+    from data_pipeline.sources.digits_server import serve
+
+    if not (folder / "world.json").exists():
+        make_world(folder, seed=seed, rows=rows, image_size=image_size, port=port)
+        typer.echo(f"made {rows} rows in {folder / 'metadata'}")
+    if make_only:
+        return
+    typer.echo(f"serving {folder} on http://127.0.0.1:{port}/ until interrupted")
+    serve(folder, port)
+
+
+def _run(runner: Runner, stages: Sequence[Stage], wanted: Sequence[str]) -> None:
+    """Run, and say after an interrupt how to go on (typer itself would end without a word)."""
+    try:
+        runner.run(stages, wanted)
+    except KeyboardInterrupt:
+        typer.echo("sdtrain-data: interrupted; what is committed stays, run again to go on", err=True)
+        raise typer.Exit(130) from None
+
+
+def _load(config: Path, overrides: Sequence[str]) -> IngestionConfig:
+    """The page, its warnings printed."""
+    from sdtrain.config.load import load_ingestion
+    from sdtrain.config.warnings import warnings
+
+    page = load_ingestion(config, overrides)
+    for line in warnings(page):
+        typer.echo(f"warning: {line}", err=True)
+    return page
+
+
+def _print_plans(runner: Runner, wanted: Sequence[Stage], stages: Sequence[Stage]) -> None:
+    """One line per stage; a stage can be planned only when those before it are up to date."""
+    blocked: str | None = None
+    for stage in stages:
+        if blocked is None:
+            plan = runner.plan(stage)
+            line = plan.summary()
+            blocked = None if plan.is_current else stage.name
+        else:
+            line = f"{stage.name}: waits for {blocked}"
+        if stage in wanted:
+            typer.echo(line)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    An error of the user's or of the data becomes one message and its typed exit code; anything else is a bug and keeps
+    its traceback.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="sdtrain-data")
+    except SdtrainError as error:
+        print(f"sdtrain-data: {error}", file=sys.stderr)
+        sys.exit(int(error.exit_code))
+
+
+if __name__ == "__main__":
+    main()

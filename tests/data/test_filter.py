@@ -1,0 +1,285 @@
+"""Every rule at its threshold and just beyond it, in every schema that has its column; nulls; the funnel's sums."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipeline.build import filter_settings
+from data_pipeline.cluster import InlineExecutor
+from data_pipeline.funnel import Funnel
+from data_pipeline.runner import Runner
+from data_pipeline.sources.laion import Columns, read_canonical
+from data_pipeline.stages.filter import FilterSettings, FilterStage, apply_rules, rules_for
+from data_pipeline.stages.metadata import MetadataStage
+from sdtrain.config.ingestion import FilterConfig, NsfwConfig
+from sdtrain.errors import DataError
+
+PUBLISHED = filter_settings(FilterConfig())
+"""Aesthetic 6.5, similarity 0.28, 512 pixels, ratio 0.5 - 2, caption 20 - 300, watermark 0.5, NSFW."""
+
+GOOD = {
+    "url": "http://a/1",
+    "caption": "a caption of enough characters",
+    "width": 600,
+    "height": 600,
+    "similarity": 0.3,
+    "punsafe": 0.1,
+    "pwatermark": 0.1,
+    "aesthetic": 7.5,
+    "score": 7.0,
+    "nsfw": "UNLIKELY",
+}
+
+Family = dict[str, tuple[str, pa.DataType]]
+SHARED: Family = {
+    "URL": ("url", pa.string()),
+    "TEXT": ("caption", pa.string()),
+    "WIDTH": ("width", pa.int32()),
+    "HEIGHT": ("height", pa.int32()),
+    "similarity": ("similarity", pa.float64()),
+}
+JOINED: Family = {**SHARED, "punsafe": ("punsafe", pa.float32()), "pwatermark": ("pwatermark", pa.float32())}
+FAMILIES: dict[str, Family] = {
+    "laion2B-en": {**SHARED, "NSFW": ("nsfw", pa.string())},
+    "laion2B-en-joined": JOINED,
+    "laion2B-en-aesthetic": {
+        **JOINED,
+        "WIDTH": ("width", pa.float64()),
+        "HEIGHT": ("height", pa.float64()),
+        "aesthetic": ("aesthetic", pa.float32()),
+    },
+    "aesthetics-v2": {**JOINED, "aesthetic": ("aesthetic", pa.float32()), "AESTHETIC_SCORE": ("score", pa.float32())},
+    "relaion": {
+        "url": ("url", pa.string()),
+        "caption": ("caption", pa.string()),
+        "width": ("absent", pa.int32()),
+        "height": ("absent", pa.int32()),
+        "original_width": ("width", pa.int32()),
+        "original_height": ("height", pa.int32()),
+        "punsafe": ("punsafe", pa.float32()),
+        "pwatermark": ("pwatermark", pa.float32()),
+    },
+}
+SETTINGS: dict[str, FilterSettings] = {
+    "laion2B-en": replace(PUBLISHED, min_aesthetic=None, max_pwatermark=None),
+    "laion2B-en-joined": replace(PUBLISHED, min_aesthetic=None),
+    "laion2B-en-aesthetic": replace(PUBLISHED, aesthetic_scale="v1", min_aesthetic=7.0),
+    "aesthetics-v2": PUBLISHED,
+    "relaion": replace(PUBLISHED, min_aesthetic=None, min_similarity=None),
+}
+
+
+def canonical(tmp_path: Path, family: Family, rows: list[dict[str, Any]]) -> pa.RecordBatch:
+    arrays = {name: pa.array([row.get(key) for row in rows], kind) for name, (key, kind) in family.items()}
+    pq.write_table(pa.table(arrays), tmp_path / "in.parquet")
+    (batch,) = read_canonical(tmp_path / "in.parquet", {})
+    return batch
+
+
+def survivors(tmp_path: Path, name: str, *rows: dict[str, Any], **settings) -> list[bool]:
+    """Which of the rows pass; each row is GOOD with some changes."""
+    family, chosen = FAMILIES[name], replace(SETTINGS[name], **settings)
+    numbered = [{**GOOD, **row, "url": f"http://a/{index}"} for index, row in enumerate(rows)]
+    batch = canonical(tmp_path, family, numbered)
+    passed, rejected = apply_rules(
+        batch, rules_for(chosen, Columns.of_canonical(batch.schema), tmp_path / "in.parquet")
+    )
+    assert sum(rejected.values()) == len(rows) - passed.num_rows
+    left = set(passed["url"].to_pylist())
+    return [row["url"] in left for row in numbered]
+
+
+def next_after(value: float, towards: float, kind: pa.DataType) -> float:
+    dtype = np.float32 if kind == pa.float32() else np.float64
+    return float(np.nextafter(dtype(value), dtype(towards)))
+
+
+def boundary_rows(name: str) -> list[tuple[str, dict[str, Any], bool]]:
+    """(what, changes, passes) for every rule that this family's columns allow."""
+    kinds = dict(FAMILIES[name].values())
+
+    def below(key: str, value: float) -> float:
+        return next_after(value, -math.inf, kinds[key])
+
+    rows: list[tuple[str, dict[str, Any], bool]] = [
+        ("width 512", {"width": 512}, True),
+        ("width 511", {"width": 511}, False),
+        ("height 512", {"height": 512}, True),
+        ("height 511", {"height": 511}, False),
+        ("ratio 2", {"width": 1024, "height": 512}, True),
+        ("ratio above 2", {"width": 1025, "height": 512}, False),
+        ("ratio 1/2", {"width": 512, "height": 1024}, True),
+        ("ratio below 1/2", {"width": 512, "height": 1025}, False),
+        ("caption 20", {"caption": "é" * 20}, True),
+        ("caption 19", {"caption": " " + "é" * 19 + " "}, False),
+        ("caption 300", {"caption": "x" * 300}, True),
+        ("caption 301", {"caption": "x" * 301}, False),
+    ]
+    if "similarity" in kinds:
+        rows += [("similarity", {"similarity": 0.28}, True), ("less", {"similarity": below("similarity", 0.28)}, False)]
+    if name == "laion2B-en-aesthetic":
+        rows += [("v1", {"aesthetic": 7.0}, True), ("below v1", {"aesthetic": below("aesthetic", 7.0)}, False)]
+    if name == "aesthetics-v2":
+        rows += [("v2", {"score": 6.5, "aesthetic": 0.0}, True), ("below v2", {"score": below("score", 6.5)}, False)]
+    if "pwatermark" in kinds:
+        rows += [("watermark", {"pwatermark": 0.5}, False), ("less", {"pwatermark": below("pwatermark", 0.5)}, True)]
+    if "punsafe" in kinds:
+        rows += [("punsafe", {"punsafe": 0.2}, False), ("less", {"punsafe": below("punsafe", 0.2)}, True)]
+    if "nsfw" in kinds:
+        rows += [(tag, {"nsfw": tag}, tag == "UNLIKELY") for tag in ("UNLIKELY", "UNSURE", "NSFW", "unlikely", "")]
+    return rows
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_boundary_rows_of_every_rule_in_every_schema(tmp_path, name):
+    rows = boundary_rows(name)
+    found = survivors(tmp_path, name, *(changes for _, changes, _ in rows))
+    assert dict(zip([what for what, _, _ in rows], found, strict=True)) == {what: passes for what, _, passes in rows}
+
+
+def test_thresholds_are_compared_in_the_column_s_own_precision(tmp_path):
+    # float32(0.7) is less than 0.7: compared as doubles, a row that says 0.7 would fail "at least 0.7"
+    rows = ({"score": 0.7}, {"score": next_after(0.7, 0.0, pa.float32())})
+    assert survivors(tmp_path, "aesthetics-v2", *rows, min_aesthetic=0.7) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("family", "column", "rule"),
+    [
+        ("aesthetics-v2", "score", "aesthetic"),
+        ("aesthetics-v2", "similarity", "similarity"),
+        ("aesthetics-v2", "width", "size"),
+        ("aesthetics-v2", "height", "size"),
+        ("aesthetics-v2", "caption", "caption"),
+        ("aesthetics-v2", "pwatermark", "pwatermark"),
+        ("aesthetics-v2", "punsafe", "nsfw"),
+        ("laion2B-en", "nsfw", "nsfw"),
+    ],
+)
+def test_nulls_follow_their_rule_s_policy(tmp_path, family, column, rule):
+    row = {column: None}
+    assert survivors(tmp_path, family, row) == [False]
+    keep = {**PUBLISHED.nulls, rule: "keep"}
+    assert survivors(tmp_path, family, row, nulls=keep) == [True]
+    others = dict.fromkeys(PUBLISHED.nulls, "keep") | {rule: "reject"}
+    assert survivors(tmp_path, family, row, nulls=others) == [False]
+
+
+def test_nan_is_null_and_a_known_bad_side_beats_an_unknown_one(tmp_path):
+    keep = dict.fromkeys(PUBLISHED.nulls, "keep")
+    rows = ({"score": math.nan}, {"width": 100, "height": None}, {"width": 600, "height": None})
+    assert survivors(tmp_path, "aesthetics-v2", *rows, nulls=keep) == [True, False, True]
+    assert survivors(tmp_path, "aesthetics-v2", *rows) == [False, False, False]
+
+
+def test_pictures_without_pixels_have_no_ratio(tmp_path):
+    rows = ({"width": 0, "height": 0}, {"width": 5, "height": 0})
+    assert survivors(tmp_path, "aesthetics-v2", *rows, min_width=None, min_height=None) == [False, False]
+
+
+def test_rows_without_a_url_never_pass(tmp_path):
+    batch = canonical(tmp_path, FAMILIES["aesthetics-v2"], [GOOD, {**GOOD, "url": None}, {**GOOD, "url": ""}])
+    passed, rejected = apply_rules(batch, rules_for(PUBLISHED, Columns.of_canonical(batch.schema), tmp_path))
+    assert passed.num_rows == 1 and rejected["url"] == 2
+
+
+def test_rules_that_are_off_need_no_column(tmp_path):
+    off = {key: None for key in vars(PUBLISHED) if key not in ("aesthetic_scale", "nulls")}
+    bad = {"width": 1, "height": 9, "caption": "", "pwatermark": 1.0, "punsafe": 1.0, "score": 0.0, "similarity": -1.0}
+    assert survivors(tmp_path, "aesthetics-v2", bad, **off) == [True]
+    batch = canonical(tmp_path, {name: SHARED[name] for name in ("URL", "TEXT")}, [GOOD])
+    settings = replace(PUBLISHED, **off)
+    rules = rules_for(settings, Columns.of_canonical(batch.schema), tmp_path)
+    assert [rule.name for rule in rules] == ["url"]
+    assert filter_settings(FilterConfig(nsfw=None)).nsfw_allow is None
+    assert filter_settings(FilterConfig(nsfw=NsfwConfig(allow=("UNLIKELY", "UNSURE")))).nsfw_allow == (
+        "UNLIKELY",
+        "UNSURE",
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (
+            "laion2B-en-joined",
+            {},
+            r"in\.parquet: filter\.min_aesthetic needs a column AESTHETIC_SCORE; columns present: URL, TEXT, WIDTH, "
+            r"HEIGHT, similarity, punsafe, pwatermark; or switch the rule off with filter\.min_aesthetic: null",
+        ),
+        ("laion2B-en-aesthetic", {}, r"needs a column AESTHETIC_SCORE; .*; set filter\.aesthetic_scale: v1 \(with a"),
+        ("relaion", {"aesthetic_scale": "v1"}, r"filter\.min_aesthetic needs a column aesthetic; .*original_width"),
+        ("relaion", {"min_aesthetic": None}, r"filter\.min_similarity needs a column similarity"),
+        ("laion2B-en", {"min_aesthetic": None}, r"filter\.max_pwatermark needs a column pwatermark"),
+        ("no size", {"min_aesthetic": None}, r"filter\.min_width needs a column WIDTH"),
+        (
+            "no size",
+            {"min_aesthetic": None, "min_width": None, "min_height": None, "min_aspect_ratio": None},
+            r"filter\.max_aspect_ratio needs a column WIDTH",
+        ),
+        ("no safety", {"min_aesthetic": None}, r"filter\.nsfw needs a column NSFW or punsafe"),
+    ],
+)
+def test_a_rule_without_its_column_is_an_error_that_names_the_columns(tmp_path, family, changes, message):
+    families = {
+        **FAMILIES,
+        "no size": {name: spec for name, spec in JOINED.items() if name not in ("WIDTH", "HEIGHT")},
+        "no safety": {name: spec for name, spec in JOINED.items() if name != "punsafe"},
+    }
+    batch = canonical(tmp_path, families[family], [GOOD])
+    with pytest.raises(DataError, match=message):
+        rules_for(replace(PUBLISHED, **changes), Columns.of_canonical(batch.schema), tmp_path / "in.parquet")
+
+
+def test_the_first_rule_that_rejects_counts_and_the_funnel_adds_up(tmp_path):
+    rows = [{}, {"score": 1.0, "width": 1}, {"width": 1}, {"width": 2000}, {"pwatermark": 0.9, "punsafe": 0.9}, {}]
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for index in range(3):
+        canonical(tmp_path, FAMILIES["aesthetics-v2"], [{**GOOD, **row} for row in rows[: 2 * index + 2]])
+        (tmp_path / "in.parquet").rename(source / f"{index}.parquet")
+    stages = [
+        MetadataStage(str(source), {}, out / "01-metadata"),
+        FilterStage(PUBLISHED, out / "01-metadata", out / "02-filter"),
+    ]
+    Runner(output=out, executor=InlineExecutor()).run(stages)
+    page = json.loads((out / "02-filter" / "funnel.json").read_text())
+    assert page["rows_in"] == 2 + 4 + 6
+    assert {row["rule"]: row["rejected"] for row in page["rules"]} == {
+        **dict.fromkeys(("url", "similarity", "caption", "nsfw"), 0),
+        "aesthetic": 3,
+        "size": 2,
+        "aspect_ratio": 2,
+        "pwatermark": 1,
+    }
+    assert page["rows_out"] == 4 == page["rules"][-1]["left"]
+    assert [row["left"] for row in page["rules"]] == [12, 9, 9, 7, 5, 5, 4, 4]
+    files = sorted((out / "02-filter").glob("0*.parquet"))
+    assert [pq.read_metadata(path).num_rows for path in files] == [1, 1, 2]
+
+
+def test_funnels_of_different_schemas_add_up_under_one_name():
+    one = Funnel.empty([("size", ">= 1"), ("nsfw", "in {UNLIKELY}")]).add(10, {"size": 2, "nsfw": 3})
+    two = Funnel.empty([("size", ">= 1"), ("nsfw", "punsafe < 0.2")]).add(5, {"size": 1, "nsfw": 0})
+    total = Funnel.total([one, two])
+    assert total == Funnel.from_json(total.to_json()) and total.rows_out == 9
+    assert [(rule.setting, rule.rejected) for rule in total.rules] == [
+        (">= 1", 3),
+        ("in {UNLIKELY} | punsafe < 0.2", 3),
+    ]
+    assert total.table().row_count == 3
+
+
+def test_an_empty_filtered_file_keeps_its_columns(tmp_path):
+    batch = canonical(tmp_path, FAMILIES["aesthetics-v2"], [{**GOOD, "score": 1.0}])
+    passed, _ = apply_rules(batch, rules_for(PUBLISHED, Columns.of_canonical(batch.schema), tmp_path))
+    assert passed.num_rows == 0 and passed.schema == batch.schema
