@@ -82,11 +82,21 @@ def sample(config: ConfigPath, overrides: Overrides = None) -> None:
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or one checkpoint's folder.")],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    ema: Annotated[bool, typer.Option(help="Take the averaged weights, or the last ones.")] = True,
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the written weights.")] = "fp32",
+    latent_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the latents, for a run whose data is not here.")
+    ] = None,
+    scale_manifest: Annotated[
+        Path | None, typer.Option(help="For an autoencoder: pictures to measure the latents' scaling factor on.")
+    ] = None,
 ) -> None:
-    """Write the averaged weights in diffusers' layout."""
+    """Write a run's weights in diffusers' layout."""
     from sdtrain.export.diffusers import export as write
 
-    write(run, output)
+    size = None if latent_size is None else (latent_size, latent_size)
+    written = write(run, output, ema=ema, dtype=dtype, latent_size=size, scale_manifest=scale_manifest)
+    typer.echo(f"weights: {written}")
 
 
 @app.command(epilog="Example: sdtrain inspect runs/sd15 --no-verify")

@@ -255,11 +255,17 @@ def test_sample_hands_over_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_export_and_inspect_hand_over_their_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    provide(monkeypatch, "sdtrain.export.diffusers", export=lambda *given: calls.append(given))
+    provide(monkeypatch, "sdtrain.export.diffusers", export=lambda *given, **named: calls.append((given, named)))
     provide(monkeypatch, "sdtrain.evaluation.inspect_run", inspect=lambda *given, **named: calls.append((given, named)))
     assert call("export", "runs/x", "--output", "out") == 0
+    assert call("export", "x", "--output", "o", "--no-ema", "--dtype", "bf16", "--latent-size", "64") == 0
     assert call("inspect", "runs/x", "--no-verify", "--json") == 0
-    assert calls == [(Path("runs/x"), Path("out")), ((Path("runs/x"),), {"verify": False, "as_json": True})]
+    defaults = {"ema": True, "dtype": "fp32", "latent_size": None, "scale_manifest": None}
+    assert calls == [
+        ((Path("runs/x"), Path("out")), defaults),
+        ((Path("x"), Path("o")), {**defaults, "ema": False, "dtype": "bf16", "latent_size": (64, 64)}),
+        ((Path("runs/x"),), {"verify": False, "as_json": True}),
+    ]
 
 
 def test_report_and_evaluate_hand_over_their_sources(
