@@ -181,8 +181,8 @@ def latent_statistics(
 
 
 def _posterior(autoencoder: Autoencoder, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the posterior, float64; the deviation is what one unit of noise adds to the mean."""
+    """Mean and variance of the posterior, as float64; the deviation is what one unit of noise adds to the mean."""
     with torch.no_grad():
-        means = autoencoder.posterior_mean(moments.double())
-        deviation = autoencoder.posterior_sample(moments.double(), torch.ones_like(means)) - means
-    return means, deviation.square()
+        means = autoencoder.posterior_mean(moments)
+        deviation = autoencoder.posterior_sample(moments, torch.ones_like(means)) - means
+    return means.double(), deviation.double().square()
