@@ -99,8 +99,11 @@ def from_checkpoint(
             f"{checkpoint.path}: a run of task {config.task.type} has no denoiser to sample from; "
             "give a latent_diffusion run"
         )
-    unet = build.build_denoiser(config.denoiser)
-    conditioner = build.build_conditioner(config.conditioner, seed=config.seed)
+    with torch.random.fork_rng(devices=[]):  # frozen parts without stored weights must be those of the training
+        torch.manual_seed(config.seed)
+        unet = build.build_denoiser(config.denoiser)
+        conditioner = build.build_conditioner(config.conditioner, seed=config.seed)
+        autoencoder = build.build_autoencoder(config.autoencoder)
     trained = nn.ModuleDict({"denoiser": unet})
     weights = load_weights(checkpoint, "denoiser", ema=ema)
     if any(name.startswith("conditioner.") for name in weights):
@@ -109,7 +112,7 @@ def from_checkpoint(
     text = config.conditioner if isinstance(config.conditioner, ClipTextConfig) else None
     pipeline = LoadedPipeline(
         unet=unet,
-        autoencoder=build.build_autoencoder(config.autoencoder),
+        autoencoder=autoencoder,
         conditioner=conditioner,
         tokenizer=None if text is None else build_tokenizer(text.max_length),
         process=build.build_process(config.process),

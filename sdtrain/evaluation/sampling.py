@@ -75,8 +75,8 @@ def generate(
         (num, height, width, 3) pixels.
 
     Raises:
-        ConfigError: Counts that differ, nothing to do, prompts for an unconditional system, or settings that the sampler
-            does not have.
+        ConfigError: Counts that differ, nothing to do, prompts for an unconditional system, or settings that no sampler
+            has.
     """
     if len(prompts) != len(seeds) or not prompts or batch_size < 1:
         raise ConfigError(
