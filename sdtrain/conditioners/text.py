@@ -84,7 +84,7 @@ class ClipTextConditioner(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """Save the encoder in transformers' layout, under the names of CLIP's published files."""
-        config = self.text_model.config.to_dict() | {"architectures": ["CLIPTextModel"]}
+        config = self.text_model.config.to_diff_dict() | {"architectures": ["CLIPTextModel"]}
         tensors = {f"{_PREFIX}{name}": tensor for name, tensor in self.text_model.state_dict().items()}
         write_folder(folder, config, tensors, weights_file=WEIGHTS_FILE)
 

@@ -174,31 +174,37 @@ def _class_that_holds(arch: Mapping[str, Any]) -> str:
 def _attention_head_dim(arch: Mapping[str, Any]) -> int | list[int] | None:
     """diffusers' `attention_head_dim`: heads at cross-attention, channels per head at self-attention.
 
-    None where our network has no such number: several head widths under one class-wide value.
+    None where our network has no such numbers. On the way up, diffusers reads self-attention's from the unreversed
+    list, so that the entry of the opposite level has to say the same.
     """
     channels, kinds = arch["channels"], arch["down_blocks"]
-
-    def value(kind: str, width: int) -> int:
-        heads = num_heads_at(arch, width)
-        return heads if kind == "cross" else width // heads
-
-    middle = value(arch["mid_block"], channels[-1])
-    if kinds[-1] != "plain" and value(kinds[-1], channels[-1]) != middle:
+    last = len(channels) - 1
+    needed: list[tuple[int, int]] = []  # (index of the list, value that it must have)
+    for index, kind in [*enumerate(kinds), (last, arch["mid_block"])]:
+        heads = num_heads_at(arch, channels[index])
+        match kind:
+            case "cross":
+                needed.append((index, heads))
+            case "self":
+                needed += [(index, channels[index] // heads), (last - index, channels[index] // heads)]
+    values = dict(needed)
+    if any(values[index] != value for index, value in needed):
         return None
-    values = [middle if kind == "plain" else value(kind, width) for kind, width in zip(kinds, channels, strict=True)]
-    if len(set(values)) == 1:
-        return middle
-    return None if arch["mid_block"] == "self" else values
+    filled = [values.get(index, values[last]) for index in range(len(channels))]
+    if len(set(filled)) == 1:
+        return filled[0]
+    return None if arch["mid_block"] == "self" else filled
 
 
 def _heads_from(config: Mapping[str, Any], kinds: Sequence[str], *, conditional: bool) -> dict[str, int | None]:
-    """Our `num_heads` or `head_dim` from diffusers' `attention_head_dim`."""
+    """Our `num_heads` or `head_dim` from diffusers' `attention_head_dim`; see `_attention_head_dim`."""
     given = config.get("attention_head_dim", 8)
     channels = config["block_out_channels"]
     if given is None:
         return {"num_heads": 1, "head_dim": None}
     values = list(given) if isinstance(given, Sequence) else [given] * len(channels)
     places = [place for place in zip(kinds, channels, values, strict=True) if place[0] != "plain"]
+    places += [place for place in zip(kinds, channels, reversed(values), strict=True) if place[0] == "self"]
     places.append(("cross" if conditional else "self", channels[-1], values[-1]))
     heads = {value if kind == "cross" else width // value for kind, width, value in places}
     head_dims = {width // value if kind == "cross" else value for kind, width, value in places}
