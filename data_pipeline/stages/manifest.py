@@ -1,0 +1,137 @@
+"""Stages `images` and `manifest`: the immutable lists of what was made, for the autoencoder and for the denoiser."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_pipeline.stage import Needs, Unit, Work, numbered_files
+from sdtrain.data.manifest import Manifest, ShardEntry, describe_shard, write_manifest
+from sdtrain.data.shard import ShardReader
+from sdtrain.errors import DataError
+from sdtrain.run_dir import sync_folder, write_atomically
+
+_INDEX = ".tar.index.json"
+
+
+class Maker(Protocol):
+    """A stage that says what it made the data with."""
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Facts that a training run compares with its recipe."""
+        ...
+
+
+@dataclass(frozen=True)
+class ManifestStage:
+    """One manifest over all shards of a folder; shards without a sample are left out.
+
+    The unit lists the shards; the driver then writes the manifest. A manifest that said something else is kept
+    under another name: its shards were replaced, so it can no longer be trained on.
+
+    Attributes:
+        name: `images` or `manifest`.
+        source: Folder of the shards.
+        folder: Where the list goes.
+        target: The manifest, in a folder above the shards.
+        makers: Stages whose facts make up the fingerprint.
+    """
+
+    name: str
+    source: Path
+    folder: Path
+    target: Path
+    makers: tuple[Maker, ...]
+    version: str = "1"
+    needs: Needs = field(default_factory=Needs)
+
+    def config_facts(self) -> Mapping[str, Any]:
+        """The fingerprint."""
+        merged: dict[str, Any] = {}
+        for maker in self.makers:
+            merged |= maker.fingerprint()
+        return {"fingerprint": merged}
+
+    def units(self) -> Sequence[Unit]:
+        """One, made from all sidecars: they hold their tars' digests.
+
+        Raises:
+            DataError: There is no shard.
+        """
+        indexes = numbered_files(self.source, _INDEX)
+        if not indexes:
+            raise DataError(f"{self.source} holds no shard; run the stage that writes them first")
+        return [Unit(0, tuple(indexes))]
+
+    def worker(self) -> Work:
+        """List the shards."""
+
+        def work(unit: Unit, folder: Path) -> dict[str, Any]:
+            shards = [path.with_name(path.name.removesuffix(".index.json")) for path in unit.inputs]
+            entries = [entry for path in shards if (entry := list_shard(path, self.target.parent)) is not None]
+            if not entries:
+                raise DataError(
+                    f"{self.source}: not one of {len(shards)} shards holds a sample; see summary.json there"
+                )
+            text = json.dumps([asdict(entry) for entry in entries], indent=1, sort_keys=True)
+            (folder / f"{unit.name}.shards.json").write_text(text + "\n", encoding="utf-8")
+            counts = Counter[str]()
+            for entry in entries:
+                counts[entry.split] += entry.num_samples
+            return {
+                "shards": len(entries),
+                "empty": len(shards) - len(entries),
+                "samples": dict(sorted(counts.items())),
+            }
+
+        return work
+
+    def report(self, stats: Sequence[Mapping[str, Any]]) -> str:
+        """Write the manifest where it is missing or says something else."""
+        rows = json.loads((self.folder / "00000.shards.json").read_text(encoding="utf-8"))
+        entries = [ShardEntry(**(row | {"fields": tuple(row["fields"])})) for row in rows]
+        text = publish(self.target, entries, self.config_facts()["fingerprint"])
+        samples = ", ".join(f"{count:,} {split}" for split, count in stats[0]["samples"].items())
+        return f"{self.name}: {samples} samples in {stats[0]['shards']} shards; {text}"
+
+
+def list_shard(path: Path, folder: Path) -> ShardEntry | None:
+    """The manifest's entry of a shard, its split from its first sample; None for a shard without samples.
+
+    Raises:
+        DataError: The shard is damaged, or its sample does not say which split it belongs to.
+    """
+    with ShardReader(path) as reader:
+        if len(reader) == 0:
+            return None
+        split = reader.decode(0, "json").get("split")
+    if not isinstance(split, str) or not split:
+        raise DataError(f"{path}: json of the first sample has split {split!r}; expected 'train' or 'validation'")
+    return describe_shard(path, split=split, folder=folder)
+
+
+def publish(target: Path, entries: Sequence[ShardEntry], fingerprint: Mapping[str, Any]) -> str:
+    """Write the manifest; returns what was done in words.
+
+    Raises:
+        DataError: What stands there is no valid manifest.
+    """
+    fresh = target.with_name(f".{target.name}.new")
+    fresh.unlink(missing_ok=True)
+    new = write_manifest(fresh, entries, fingerprint=fingerprint)
+    old = Manifest.load(target) if target.exists() else None
+    if old is not None and old.sha256 == new.sha256:
+        fresh.unlink()
+        return f"{target} stands"
+    text = f"wrote {target}"
+    if old is not None:
+        kept = target.with_name(f"{target.stem}.superseded-{old.sha256[:12]}.json")
+        write_atomically(kept, target.read_text(encoding="utf-8"))
+        text += f"; the one before is {kept.name} now, its shards were replaced"
+    fresh.replace(target)
+    sync_folder(target.parent)
+    return text
