@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ class Trainable:
     """
 
     module: nn.Module
-    precision: str | None = None
+    precision: Precision | None = None
     learning_rate: float | None = None
 
 

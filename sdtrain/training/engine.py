@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sdtrain import distributed
 from sdtrain.checkpoints.partitions import MasterPartitions
+from sdtrain.records import Precision
 from sdtrain.training.ema import ShardedEma
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,7 +42,7 @@ class EngineSettings:
 
     micro_batch_size: int
     grad_accum_steps: int
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     zero_stage: int = 2
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -206,7 +207,10 @@ class Engine:
         if self.settings.precision != "fp16":
             return {}
         scaler = self._engine.optimizer.loss_scaler
-        return {name: float(getattr(scaler, name)) for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")}
+        return {
+            name: float(getattr(scaler, name))
+            for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        }
 
     def restore(self, read: dict[str, Tensor], *, applied_steps: int, scaler: dict[str, float]) -> None:
         """Take over a checkpoint's state for this rank's spans."""

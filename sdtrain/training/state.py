@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from sdtrain import distributed
-from sdtrain.checkpoints.protocol import Checkpoint
-from sdtrain.checkpoints.recut import KINDS, Layout, read_extra, read_span
+from sdtrain.checkpoints.manifest import Checkpoint, buffer_key, rank_file
+from sdtrain.checkpoints.recut import KINDS, layout_of, read_span, tensor_name
+from sdtrain.checkpoints.weights import read_buffers
 from sdtrain.errors import CheckpointError
 from sdtrain.training.engine import Engine
 
@@ -17,9 +18,11 @@ from sdtrain.training.engine import Engine
 def rank_files(engines: Mapping[str, Engine]) -> dict[str, dict[str, Tensor]]:
     """Everything that this rank writes: one file per trainable, and one of buffers."""
     rank = distributed.ranks().rank
-    files = {f"{name}.rank{rank:05d}.safetensors": engine.tensors() for name, engine in engines.items()}
-    extra = {f"{name}/{key}": value for name, engine in engines.items() for key, value in _buffers(engine).items()}
-    return files | {f"extra.rank{rank:05d}.safetensors": extra}
+    files = {rank_file(name, rank): engine.tensors() for name, engine in engines.items()}
+    extra = {
+        buffer_key(name, key): value for name, engine in engines.items() for key, value in _buffers(engine).items()
+    }
+    return files | {rank_file("extra", rank): extra}
 
 
 def state_facts(engines: Mapping[str, Engine]) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def restore(checkpoint: Checkpoint, engines: Mapping[str, Engine]) -> None:
                 "start a new run from these weights."
             )
         read = {
-            f"group{group}/{kind}": read_span(checkpoint, name, group, kind, start, stop)
+            tensor_name(group, kind): read_span(checkpoint, name, group, kind, start, stop)
             for group, (start, stop) in enumerate(engine.partitions.spans)
             for kind in kinds
         }
@@ -63,7 +66,7 @@ def _check_layouts(checkpoint: Checkpoint, engines: Mapping[str, Engine]) -> Non
     if saved.keys() != engines.keys():
         raise CheckpointError(f"{checkpoint.path}: holds {sorted(saved)}, this run trains {sorted(engines)}")
     for name, engine in engines.items():
-        theirs, mine = Layout.from_json(saved[name]), engine.partitions.layout
+        theirs, mine = layout_of(checkpoint, name), engine.partitions.layout
         if theirs == mine:
             continue
         old = {slot.name: slot for group in theirs.groups for slot in group.slots}
@@ -81,7 +84,10 @@ def _buffers(engine: Engine) -> dict[str, Tensor]:
 
 
 def _restore_buffers(checkpoint: Checkpoint, engines: Mapping[str, Engine]) -> None:
-    saved = read_extra(checkpoint, distributed.ranks().rank)
+    """A rank's own buffers at the same world size, rank 0's at another one."""
+    place = distributed.ranks()
+    source = place.rank if checkpoint.world_size == place.world_size else 0
     for name, engine in engines.items():
+        saved = read_buffers(checkpoint, name, rank=source)
         for key, buffer in _buffers(engine).items():
-            buffer.copy_(saved[f"{name}/{key}"])
+            buffer.copy_(saved[key])

@@ -104,6 +104,8 @@ class Report:
 class Trainer:
     """Runs a task's trainables over a stream of micro-batches.
 
+    `leaves_after(step)` is asked on all ranks after every step; a true answer, the same on all of them, ends the loop.
+
     Attributes:
         step: Finished optimiser steps; sample positions below `step * batch_size` are consumed.
         tombstones: `key: reason` of every sample that this rank could not read.
@@ -120,7 +122,7 @@ class Trainer:
         start_step: int = 0,
         events: Sequence[Periodic] = (),
         on_report: Callable[[Report], None] = lambda report: None,
-        wants_to_leave: Callable[[], bool] = lambda: False,
+        leaves_after: Callable[[int], bool] = lambda step: False,
     ) -> None:
         self.task = task
         self.engines = engines
@@ -131,7 +133,7 @@ class Trainer:
         self._learning_rate = learning_rate
         self._events = events
         self._on_report = on_report
-        self._wants_to_leave = wants_to_leave
+        self._leaves_after = leaves_after
         self._window = Window()
         self._skipped_in_a_row = 0
         self._samples_read = 0
@@ -151,9 +153,9 @@ class Trainer:
             for event in self._events:
                 if event.is_due(self.step, max_steps):
                     self._run(event.action)
-            if distributed.any_rank(self._wants_to_leave()):
-                return self.step >= max_steps
-        return True
+            if self._leaves_after(self.step):
+                break
+        return self.step >= max_steps
 
     def _read(self) -> list[Batch]:
         """The micro-batches of one step; how long the loop stood still for data is a figure of its own."""
@@ -214,8 +216,8 @@ class Trainer:
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.settings.max_skipped_in_a_row:
             raise DivergedError(
-                f"{name}: gradients were not finite for {self._skipped_in_a_row} steps in a row, the last one step {self.step}. "
-                "Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or resume from an older checkpoint."
+                f"{name}: gradients were not finite for {self._skipped_in_a_row} steps in a row, the last one step "
+                f"{self.step}. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or resume from an older checkpoint."
             )
 
     def _run(self, action: Event) -> None:

@@ -12,11 +12,16 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from data_pipeline import build, cli
 from data_pipeline.cluster import InlineExecutor
 from data_pipeline.runner import Runner
-from data_pipeline.sources.digits import make_world
+from data_pipeline.sources.digits import World, make_world
+from data_pipeline.sources.digits_server import DigitsServer
+from sdtrain.autoencoders.kl import AutoencoderKL
+from sdtrain.autoencoders.load import save_autoencoder
+from sdtrain.data.manifest import Manifest
 
 PAGE = """# sdtrain-data run {path}
 schema_version: 1
@@ -81,6 +86,15 @@ def test_stages_run_up_to_dedup_and_then_nothing_is_left(page, capsys, tmp_path)
     assert call("run", page, "filter", "filter.min_aesthetic=5", "--set", "filter.min_similarity=0.2", "--dry-run") == 0
     settings = "3 with changed settings (min_aesthetic 6.5 -> 5.0, min_similarity 0.28 -> 0.2)"
     assert capsys.readouterr().out == f"filter: 0 of 3 up to date; {settings}\n"
+
+
+def test_until_takes_all_stages_up_to_one(page, capsys):
+    assert call("run", page, "--until", "dedup") == 0
+    assert "20 validation rows" in capsys.readouterr().out
+    assert call("run", page, "--until", "filter", "--dry-run") == 0
+    assert capsys.readouterr().out == "metadata: 3 of 3 up to date\nfilter: 3 of 3 up to date\n"
+    assert call("run", page, "--until", "fitler") == 3
+    assert "there is no stage 'fitler'" in capsys.readouterr().err
 
 
 def test_status_says_what_waits_for_what_and_what_failed(page, capsys, tmp_path):
@@ -157,3 +171,56 @@ def test_serve_digits_makes_a_world_once_and_serves_it(tmp_path):
         server.terminate()
         output, _ = server.communicate()
     assert output == f"serving {tmp_path / 'world'} on http://127.0.0.1:{port}/ until interrupted\n"
+
+
+ENCODED = """encode: {{autoencoder: {autoencoder}, batch_size: 8, check_samples: 2}}
+"""
+
+
+def tiny_autoencoder(folder: Path) -> Path:
+    torch.manual_seed(0)
+    network = AutoencoderKL(
+        latent_channels=4,
+        channels=[32, 32],
+        layers_per_block=1,
+        attention_in_middle=False,
+        scaling_factor=1.0,
+    )
+    save_autoencoder(network, folder)
+    return folder
+
+
+@pytest.mark.heavy
+def test_the_whole_way_from_links_to_latents_on_real_ray(tmp_path, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    metadata = make_world(tmp_path / "world", seed=0, rows=400, image_size=64, port=port)
+    path, out = tmp_path / "data.yaml", tmp_path / "out"
+    text = PAGE.format(path=path, output=out, metadata=metadata) + ENCODED.format(autoencoder=tmp_path / "autoencoder")
+    limits = f"threads: 4, timeout_seconds: 1, total_timeout_seconds: 2, allow_loopback: true, allowed_ports: [{port}]"
+    path.write_text(text.replace("contact:", f"{limits}, contact:"))
+    world = World.load(tmp_path / "world")
+    with DigitsServer(world, port):
+        assert call("run", path, "--until", "images") == 0  # needs no autoencoder yet
+    images = Manifest.load(out / "images.json")
+    tiny_autoencoder(tmp_path / "autoencoder")
+    assert call("run", path) == 0  # and the server may be gone
+    summary = json.loads((out / "04-download" / "summary.json").read_text())
+    bad = {"gone", "page", "small", "slow"}
+    rows = world.kinds["good"] + sum(world.kinds[kind] for kind in bad)
+    assert summary["rows"] == rows and summary["stored"] == world.kinds["good"]
+    assert (
+        summary["reasons"]["http_404"] == world.kinds["gone"]
+        and summary["reasons"]["too_small"] == world.kinds["small"]
+    )
+    latents = Manifest.load(out / "manifest.json")
+    for split in ("train", "validation"):
+        assert latents.num_samples(split) == images.num_samples(split) > 0
+    assert latents.num_samples("train") + latents.num_samples("validation") == world.kinds["good"]
+    assert latents.field_shapes["moments.npy"] == [8, 32, 32] and latents.field_shapes["tokens.npy"] == [77]
+    assert {"transform", "tokenizer", "autoencoder"} <= set(latents.fingerprint)
+    before = (out / "manifest.json").read_bytes()
+    capfd.readouterr()
+    assert call("run", path) == 0
+    printed = capfd.readouterr().out
+    assert "encode: 4 of 4 up to date" in printed and (out / "manifest.json").read_bytes() == before

@@ -35,7 +35,7 @@ autoencoder: {{type: kl, scaling_factor: 0.5, arch: {{latent_channels: 4, channe
 denoiser: {{type: unet, arch: {{in_channels: 4, out_channels: 4, channels: [32, 64], down_blocks: {blocks},
   layers_per_block: 1, {heads}, context_dim: {context}, mid_block: {mid}, norm_groups: 8}}}}
 conditioner: {conditioner}
-process: {{beta_schedule: {schedule}, prediction_type: {prediction}}}
+process: {{beta_schedule: {schedule}, prediction_type: {prediction}, num_train_timesteps: 50}}
 optimizer: {{learning_rate: 1.0e-3, lr_schedule: constant}}
 trainer: {{max_steps: 4, precision: fp32}}
 """
@@ -95,16 +95,14 @@ def no_network(monkeypatch):
 def test_diffusers_draws_the_same_pictures(tmp_path, no_network, prediction, schedule):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    folder = export(
-        run_of(tmp_path, prediction=prediction, schedule=schedule), tmp_path / "pipeline", latent_size=(8, 8)
-    )
-    theirs = StableDiffusionPipeline.from_pretrained(folder)
+    run = run_of(tmp_path, prediction=prediction, schedule=schedule)
+    theirs = StableDiffusionPipeline.from_pretrained(export(run, tmp_path / "pipeline", latent_size=(8, 8)))
     theirs.set_progress_bar_config(disable=True)
     assert isinstance(theirs.scheduler, DDIMScheduler)
     noise = seeded_noise(SEEDS, (4, 8, 8), 0)
     with torch.no_grad():
         expected = theirs(PROMPTS, num_inference_steps=5, guidance_scale=3.0, latents=noise, output_type="np").images
-    ours = generate(load_pipeline(folder), PROMPTS, SEEDS, num_steps=5, guidance_scale=3.0)
+    ours = generate(from_checkpoint(run, latent_size=(8, 8)), PROMPTS, SEEDS, num_steps=5, guidance_scale=3.0)
     assert ours.shape == (2, 16, 16, 3)
     assert ours.std() > 20  # pictures, not a flat colour that anything would equal
     np.testing.assert_allclose(ours / 255.0, expected, atol=1.5 / 255)

@@ -1,0 +1,208 @@
+"""The one place where config meets classes: every `match` is exhaustive, and parts get plain keyword arguments."""
+
+from __future__ import annotations
+
+from typing import Any, assert_never
+
+from sdtrain.autoencoders import kl
+from sdtrain.autoencoders.load import load_autoencoder
+from sdtrain.conditioners.none import NoConditioner
+from sdtrain.conditioners.text import (
+    ClipTextConditioner,
+    build_tokenizer,
+    load_clip_text,
+    small_clip_text,
+    tokenizer_fingerprint,
+)
+from sdtrain.config.autoencoder import AutoencoderConfig
+from sdtrain.config.conditioner import ClipTextConfig, ConditionerConfig, NoConditionerConfig
+from sdtrain.config.denoiser import DenoiserConfig
+from sdtrain.config.process import ProcessConfig
+from sdtrain.config.run import TrainingConfig
+from sdtrain.config.task import AutoencodingTask as AutoencodingConfig
+from sdtrain.config.task import LatentDiffusionTask as LatentDiffusionConfig
+from sdtrain.config.task import MinSnrWeighting, NoWeighting
+from sdtrain.data.dataset import ShardDataset
+from sdtrain.data.manifest import Manifest, check_fingerprint
+from sdtrain.data.plan import order_of
+from sdtrain.denoisers import unet
+from sdtrain.denoisers.load import load_unet
+from sdtrain.diffusion.process import DiffusionProcess
+from sdtrain.errors import DataError
+from sdtrain.records import DrawSpec, Task
+from sdtrain.tasks.autoencoding import AutoencodingTask
+from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
+
+STORED = {"moments": "moments.npy", "tokens": "tokens.npy", "pixels": "jpg"}
+"""Name of a field in a batch -> its name in the shards."""
+
+
+def build_autoencoder(config: AutoencoderConfig) -> kl.AutoencoderKL:
+    """The autoencoder that the page names: published weights, a preset, or an architecture of one's own."""
+    if config.weights is not None:
+        autoencoder = load_autoencoder(config.weights)
+        if config.scaling_factor is not None:
+            autoencoder.scaling_factor = config.scaling_factor
+        return autoencoder
+    kwargs: dict[str, Any] = dict(kl.PRESETS[config.preset]) if config.preset else config.arch.model_dump()  # type: ignore[union-attr]
+    if config.scaling_factor is not None or "scaling_factor" not in kwargs:
+        kwargs["scaling_factor"] = config.scaling_factor or 1.0
+    return kl.AutoencoderKL(**kwargs)
+
+
+def build_denoiser(config: DenoiserConfig) -> unet.UNet:
+    """The denoiser that the page names, with fresh weights unless it names some."""
+    if config.weights is not None:
+        return load_unet(config.weights)
+    kwargs = unet.PRESETS[config.preset] if config.preset else config.arch.model_dump()  # type: ignore[union-attr]
+    return unet.UNet(**kwargs)
+
+
+def build_conditioner(config: ConditionerConfig, *, seed: int = 0) -> ClipTextConditioner | NoConditioner:
+    """The conditioner that the page names."""
+    match config:
+        case ClipTextConfig(weights=str() as weights):
+            return load_clip_text(weights, trainable=config.trainable, max_length=config.max_length)
+        case ClipTextConfig(arch=arch):
+            assert arch is not None, "the page's rules ask for weights or arch"
+            return small_clip_text(
+                hidden_size=arch.hidden_size,
+                layers=arch.num_layers,
+                heads=arch.num_heads,
+                max_length=config.max_length,
+                seed=seed,
+                trainable=config.trainable,
+            )
+        case NoConditionerConfig():
+            return NoConditioner()
+        case _:
+            assert_never(config)
+
+
+def build_process(config: ProcessConfig) -> DiffusionProcess:
+    """The forward process and what the network predicts."""
+    return DiffusionProcess(
+        beta_schedule=config.beta_schedule,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        num_train_timesteps=config.num_train_timesteps,
+        prediction_type=config.prediction_type,
+    )
+
+
+def build_task(config: TrainingConfig, manifest: Manifest) -> Task:
+    """The task with all its networks, on the CPU in fp32; same seed, same weights on every rank."""
+    match config.task:
+        case LatentDiffusionConfig():
+            return _latent_diffusion(config, config.task, manifest)
+        case AutoencodingConfig():
+            assert config.autoencoder is not None, "the page's rules ask for an autoencoder"
+            autoencoder = build_autoencoder(config.autoencoder)
+            _, height, width = field_shape(manifest, "pixels")
+            factor = autoencoder.downsample_factor
+            return AutoencodingTask(
+                autoencoder=autoencoder,
+                reconstruction=config.task.reconstruction,
+                kl_weight=config.task.kl_weight,
+                latent_shape=(autoencoder.latent_channels, height // factor, width // factor),
+            )
+        case _:
+            assert_never(config.task)
+
+
+def _latent_diffusion(config: TrainingConfig, task: LatentDiffusionConfig, manifest: Manifest) -> LatentDiffusionTask:
+    assert config.denoiser is not None and config.autoencoder is not None, "the page's rules ask for both"
+    assert config.conditioner is not None and config.process is not None, "the page's rules ask for both"
+    denoiser = build_denoiser(config.denoiser)
+    prepare(denoiser, config)
+    channels, height, width = field_shape(manifest, "moments")
+    match task.loss_weighting:
+        case NoWeighting():
+            gamma = None
+        case MinSnrWeighting(gamma=gamma):
+            pass
+        case _:
+            assert_never(task.loss_weighting)
+    return LatentDiffusionTask(
+        denoiser=denoiser,
+        conditioner=build_conditioner(config.conditioner, seed=config.seed),
+        autoencoder=build_autoencoder(config.autoencoder),
+        process=build_process(config.process),
+        condition_dropout=task.condition_dropout,
+        loss_weighting=gamma,
+        latents=task.latents,
+        latent_shape=(channels // 2, height, width),
+        condition_field=None if isinstance(config.conditioner, NoConditionerConfig) else "tokens",
+        timestep_bins=20 if config.validation is None else config.validation.timestep_bins,
+    )
+
+
+def prepare(network: unet.UNet, config: TrainingConfig) -> None:
+    """Checkpointing and compilation of the repeated blocks; parameter names stay as they are."""
+    trainer = config.trainer
+    network.set_gradient_checkpointing(trainer.gradient_checkpointing)
+    if trainer.compile:
+        for block in network.repeated_blocks():
+            block.compile()
+
+
+def build_dataset(config: TrainingConfig, manifest: Manifest, draws: DrawSpec, split: str = "train") -> ShardDataset:
+    """The samples of one split: shuffled by the run's order (`train`), or as they stand (`validation`)."""
+    order = order_of(
+        manifest, split, seed=config.seed, window_shards=config.data.window_shards, shuffle=split == "train"
+    )
+    return ShardDataset(
+        manifest_path=manifest.path,
+        split=split,
+        fields={name: STORED[name] for name in fields_of(config)},
+        order=order,
+        seed=config.seed,
+        draws=draws,
+        max_open_shards=config.data.window_shards + 1,
+    )
+
+
+def fields_of(config: TrainingConfig) -> tuple[str, ...]:
+    """What the task reads of every sample."""
+    match config.task:
+        case LatentDiffusionConfig():
+            return ("moments",) if isinstance(config.conditioner, NoConditionerConfig) else ("moments", "tokens")
+        case AutoencodingConfig():
+            return ("pixels",)
+        case _:
+            assert_never(config.task)
+
+
+def field_shape(manifest: Manifest, name: str) -> tuple[int, ...]:
+    """Shape of one sample's field.
+
+    Raises:
+        DataError: The shards do not hold it.
+    """
+    if STORED[name] not in manifest.field_shapes:
+        raise DataError(
+            f"{manifest.path}: holds no {name!r} ({STORED[name]}), which this task trains on; it holds "
+            f"{', '.join(sorted(manifest.field_shapes))}. Point data.manifest at the manifest of another stage."
+        )
+    return tuple(manifest.field_shapes[STORED[name]])
+
+
+def max_steps(config: TrainingConfig, manifest: Manifest) -> int:
+    """Optimiser steps of the whole run: as the page says, or enough to see every sample `max_epochs` times."""
+    if config.trainer.max_steps is not None:
+        return config.trainer.max_steps
+    assert config.trainer.max_epochs is not None, "the page's rules ask for one of the two"
+    return -(-config.trainer.max_epochs * manifest.num_samples("train") // config.data.batch_size)
+
+
+def check_manifest(config: TrainingConfig, manifest: Manifest) -> None:
+    """Refuse shards whose tokens or latents another recipe made.
+
+    Raises:
+        DataError: Names each fact that differs.
+    """
+    expected: dict[str, Any] = {}
+    if "tokens" in fields_of(config):
+        assert isinstance(config.conditioner, ClipTextConfig)
+        expected["tokenizer"] = tokenizer_fingerprint(build_tokenizer(config.conditioner.max_length))
+    check_fingerprint(manifest, expected)

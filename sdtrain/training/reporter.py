@@ -1,0 +1,98 @@
+"""Where a report goes: metrics.jsonl, W&B, and the progress line. Rank 0 only; the other ranks' reporter is silent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from sdtrain import distributed
+from sdtrain.training.metrics import MetricsLog, Throughput
+from sdtrain.training.progress import Progress
+from sdtrain.training.tracking import Tracker
+from sdtrain.training.trainer import Report
+
+GIB = 2**30
+
+
+def memory_gib() -> float:
+    """Peak memory of this rank: of the accelerator where there is one, of the process otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    return psutil.Process().memory_info().rss / GIB
+
+
+@dataclass
+class Reporter:
+    """Turns reports into figures under fixed names, once, for all who show them."""
+
+    metrics: MetricsLog | None
+    tracker: Tracker | None
+    progress: Progress | None
+    throughput: Throughput
+    max_steps: int
+    batch_size: int
+
+    def report(self, report: Report) -> None:
+        """Log one report of the loop; called on all ranks, rank 0 writes."""
+        self.throughput.add(images=report.images, seconds=report.seconds, data_wait_seconds=report.data_wait_seconds)
+        memory = distributed.max_over_ranks(memory_gib())
+        if self.metrics is None:
+            return
+        figures = self._figures(report) | {"train/memory_gib": memory}
+        self.log(report.step, figures)
+        if self.progress is not None:
+            self.progress.update(
+                step=report.step,
+                loss=figures.get("train/loss", float("nan")),
+                learning_rate=figures.get("train/learning_rate", 0.0),
+                images_per_second=figures["train/images_per_second"],
+                data_wait_share=figures["train/data_wait_share"],
+                memory_gib=memory,
+                eta_seconds=figures["train/eta_seconds"],
+            )
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log figures of `step` finished steps; rank 0 only."""
+        if self.metrics is not None:
+            self.metrics.log(step, figures)
+        if self.tracker is not None:
+            self.tracker.log(step, figures)
+
+    def show(self, step: int, name: str, files: list[Path]) -> None:
+        """Show image files, such as a sample grid; rank 0 only."""
+        if self.tracker is not None and files:
+            self.tracker.log_images(step, name, files)
+
+    def close(self) -> None:
+        """Finish the tracker and the progress line."""
+        if self.tracker is not None:
+            self.tracker.finish()
+        if self.progress is not None:
+            self.progress.close()
+
+    def _figures(self, report: Report) -> dict[str, float]:
+        """Names of all figures; with one trainable its name is left out (`train/loss`)."""
+        names = {key.split("/")[0] for key in report.means}
+        single = len(names) == 1
+
+        def named(trainable: str, figure: str) -> str:
+            return f"train/{figure}" if single else f"train/{trainable}/{figure}"
+
+        figures = {named(*key.split("/", 1)): value for key, value in report.means.items()}
+        for trainable, result in report.results.items():
+            figures[named(trainable, "gradient_norm")] = float(result.gradient_norm)
+            figures[named(trainable, "learning_rate")] = result.learning_rate
+            if result.ema_decay is not None:
+                figures[named(trainable, "ema_decay")] = result.ema_decay
+        left = (self.max_steps - report.step) * self.batch_size
+        return figures | {
+            "train/samples_seen": float(report.samples_seen),
+            "train/images_per_second": self.throughput.images_per_second,
+            "train/data_wait_share": self.throughput.data_wait_share,
+            "train/eta_seconds": self.throughput.eta_seconds(left),
+            "train/skipped_steps": float(report.skipped),
+        }

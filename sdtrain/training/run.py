@@ -1,0 +1,332 @@
+"""One attempt of a training run: from a config page to a word in `exit.json`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sdtrain import build, distributed
+from sdtrain.checkpoints.protocol import Checkpoint, find, sweep
+from sdtrain.config.load import dump_yaml, load_training, refuse_on_resume
+from sdtrain.config.run import TrainingConfig, grad_accum_steps
+from sdtrain.data.loader import train_loader
+from sdtrain.data.manifest import Manifest
+from sdtrain.data.plan import ORDER_VERSION
+from sdtrain.errors import ExitCode
+from sdtrain.records import Task
+from sdtrain.run_dir import RunDir, write_atomically
+from sdtrain.training import environment
+from sdtrain.training.engine import DTYPES, Engine, EngineSettings
+from sdtrain.training.keeper import CheckpointKeeper
+from sdtrain.training.lr_schedule import learning_rate_at
+from sdtrain.training.metrics import MetricsLog, Throughput, last_logged_step
+from sdtrain.training.outcome import leave_broken, leave_together
+from sdtrain.training.preemption import Preemption, Request
+from sdtrain.training.progress import Progress
+from sdtrain.training.reporter import Reporter
+from sdtrain.training.tracking import Tracker
+from sdtrain.training.trainer import Periodic, Trainer, TrainerSettings
+
+log = logging.getLogger(__name__)
+
+Resume = Literal["auto", "never"] | Path
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What rooms above training do at its step boundaries, handed down as callables; all are collective.
+
+    Attributes:
+        validate: (config, task, manifest) -> figures by name.
+        sample: (config, task, step) -> image files to show, on rank 0.
+        finish: (config, run folder) -> None, after the last checkpoint: the weights export.
+    """
+
+    validate: Callable[[TrainingConfig, Task, Manifest], Mapping[str, float]] | None = None
+    sample: Callable[[TrainingConfig, Task, int], list[Path]] | None = None
+    finish: Callable[[TrainingConfig, RunDir], None] | None = None
+
+
+def train(config: TrainingConfig, *, resume: Resume = "auto", hooks: Hooks | None = None) -> ExitCode:
+    """Run one attempt and leave its outcome in the run folder; called on every rank.
+
+    Returns:
+        DONE for a complete or deliberately stopped run, REQUEUE where the scheduler wants the node back.
+        Any error ends the process with its own code, after `exit.json` was written.
+    """
+    distributed.initialize(timeout_seconds=config.trainer.timeout_seconds)
+    folder = RunDir(config.resolved_run_dir)
+    attempt: str = distributed.broadcast_object(folder.new_attempt())
+    run = Attempt(config, folder, attempt, hooks or Hooks())
+    try:
+        code, reason = run.go(resume)
+        leave_together(folder, attempt, code, reason, run.step)
+    except BaseException as error:
+        code = leave_broken(folder, attempt, error, run.step)
+        run.close()
+        # Other ranks may wait in a collective that this one never joins: leave without the farewells of torch.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(code))
+    run.close()
+    distributed.shutdown()
+    return code
+
+
+@contextmanager
+def averaged(engines: Mapping[str, Engine]) -> Iterator[None]:
+    """Run every network on its EMA weights for a while; collective."""
+    with ExitStack() as stack:
+        for engine in engines.values():
+            stack.enter_context(engine.ema_weights())
+        yield
+
+
+class Attempt:
+    """One start of a run, from an empty or a half-trained folder to its end."""
+
+    def __init__(self, config: TrainingConfig, folder: RunDir, attempt: str, hooks: Hooks) -> None:
+        self.config = config
+        self.folder = folder
+        self.attempt = attempt
+        self.hooks = hooks
+        self.preemption = Preemption(folder.path, watch_files=distributed.ranks().is_main)
+        self.reporter: Reporter | None = None
+        self.trainer: Trainer | None = None
+
+    @property
+    def step(self) -> int:
+        """Finished steps."""
+        return 0 if self.trainer is None else self.trainer.step
+
+    def go(self, resume: Resume) -> tuple[ExitCode, str]:
+        """Build everything, resume, train, finish."""
+        config, place = self.config, distributed.ranks()
+        self.preemption.install()
+        accumulation = grad_accum_steps(config, place.world_size)
+        manifest = Manifest.load(config.data.manifest)
+        build.check_manifest(config, manifest)
+        if place.is_main:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder.checkpoints)
+        checkpoint = find(self.folder.checkpoints, resume)
+        if checkpoint is not None:
+            refuse_on_resume(load_training(checkpoint.path / "config.yaml"), config)
+        torch.manual_seed(config.seed)  # every rank initialises the same network
+        task = build.build_task(config, manifest)
+        engines = self._engines(task, accumulation)
+        distributed.set_timeout(config.trainer.timeout_seconds)
+        keeper = self._keeper(manifest, engines)
+        start = 0 if checkpoint is None else keeper.restore(checkpoint)
+        max_steps = build.max_steps(config, manifest)
+        self._write_down(checkpoint, start)
+        self.reporter = self._reporter(start, max_steps)
+        self.trainer = self._trainer(task, manifest, engines, keeper, start, max_steps, accumulation)
+        complete = self.trainer.fit()
+        keeper.save(self.trainer.step)
+        if complete and self.hooks.finish is not None:
+            self.hooks.finish(config, self.folder)
+        return self._verdict(complete)
+
+    def close(self) -> None:
+        """Give signals and terminal back."""
+        self.preemption.uninstall()
+        if self.reporter is not None:
+            self.reporter.close()
+
+    def _verdict(self, complete: bool) -> tuple[ExitCode, str]:
+        if complete:
+            return ExitCode.DONE, "complete"
+        requests = distributed.gather_objects((int(self.preemption.request), self.preemption.reason))
+        request, reason = max(requests)
+        if distributed.ranks().is_main:
+            self.preemption.acknowledge()
+        if request == Request.REQUEUE:
+            return ExitCode.REQUEUE, f"{reason}: saved at step {self.step}, start again to go on"
+        return ExitCode.DONE, f"{reason}: saved and stopped at step {self.step}"
+
+    def _engines(self, task: Task, accumulation: int) -> dict[str, Engine]:
+        """One engine per trainable; frozen networks are placed and cast."""
+        config, device = self.config, distributed.device()
+        dtype = DTYPES[config.trainer.precision]
+        for name, module in task.frozen.items():
+            module.to(device=device, dtype=torch.float32 if name == "autoencoder" else dtype)
+        engines = {}
+        for name, trainable in task.trainables.items():
+            settings = EngineSettings(
+                micro_batch_size=config.data.micro_batch_size,
+                grad_accum_steps=accumulation,
+                precision=trainable.precision or config.trainer.precision,
+                zero_stage=config.trainer.zero_stage,
+                betas=config.optimizer.betas,
+                eps=config.optimizer.eps,
+                weight_decay=config.optimizer.weight_decay,
+                weight_decay_on=config.optimizer.weight_decay_on,
+                gradient_clip_norm=config.optimizer.gradient_clip_norm,
+                reduce_bucket_size=config.trainer.reduce_bucket_size,
+                overlap_comm=config.trainer.overlap_comm,
+                ema_decay=None if config.ema is None else config.ema.decay,
+            )
+            engines[name] = Engine(trainable.module, settings)
+        return engines
+
+    def _keeper(self, manifest: Manifest, engines: Mapping[str, Engine]) -> CheckpointKeeper:
+        config = self.config
+        identity: dict[str, Any] = {
+            "data_manifest_sha256": manifest.sha256,
+            "seed": config.seed,
+            "order_version": ORDER_VERSION,
+            "window_shards": config.data.window_shards,
+            "batch_size": config.data.batch_size,
+        }
+        return CheckpointKeeper(
+            run=self.folder,
+            attempt=self.attempt,
+            engines=engines,
+            batch_size=config.data.batch_size,
+            config_text=dump_yaml(config),
+            identity=identity,
+            environment=environment.describe(),
+            keep_last=config.checkpoint.keep_last,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+        )
+
+    def _write_down(self, checkpoint: Checkpoint | None, start: int) -> None:
+        """Leave the resolved page, the surroundings and the start of this attempt in the run folder."""
+        if not distributed.ranks().is_main:
+            return
+        facts = environment.describe()
+        write_atomically(self.folder.config, dump_yaml(self.config))
+        write_atomically(self.folder.environment, json.dumps(facts, indent=2) + "\n")
+        resumed = None if checkpoint is None else checkpoint.path.name
+        self.folder.log("start", attempt=self.attempt, resumed_from=resumed, step=start, world_size=facts["world_size"])
+        print(
+            f"attempt {self.attempt}: {'resumes from ' + resumed if resumed else 'starts afresh'}, step {start}",
+            flush=True,
+        )
+
+    def _reporter(self, start: int, max_steps: int) -> Reporter:
+        config, main = self.config, distributed.ranks().is_main
+        return Reporter(
+            metrics=MetricsLog(self.folder, attempt=self.attempt, resumed_step=start) if main else None,
+            tracker=self._tracker() if main else None,
+            progress=Progress(total_steps=max_steps, start_step=start) if main else None,
+            throughput=Throughput(),
+            max_steps=max_steps,
+            batch_size=config.data.batch_size,
+        )
+
+    def _tracker(self) -> Tracker:
+        config = self.config
+        return Tracker(
+            self.folder,
+            project=config.tracking.project,
+            name=config.name or self.folder.path.name,
+            mode=config.tracking.mode,
+            config=config.model_dump(mode="json"),
+            logged_until=last_logged_step(self.folder.metrics),
+        )
+
+    def _trainer(
+        self,
+        task: Task,
+        manifest: Manifest,
+        engines: Mapping[str, Engine],
+        keeper: CheckpointKeeper,
+        start: int,
+        max_steps: int,
+        accumulation: int,
+    ) -> Trainer:
+        config, place = self.config, distributed.ranks()
+        assert self.reporter is not None
+        batches = train_loader(
+            build.build_dataset(config, manifest, task.draws),
+            start_step=start,
+            max_steps=max_steps,
+            batch_size=config.data.batch_size,
+            micro_batch_size=config.data.micro_batch_size,
+            world_size=place.world_size,
+            rank=place.rank,
+            num_workers=config.data.num_workers,
+            prefetch=config.data.prefetch,
+        )
+        return Trainer(
+            task=task,
+            engines=engines,
+            settings=TrainerSettings(
+                max_steps=max_steps,
+                batch_size=config.data.batch_size,
+                grad_accum_steps=accumulation,
+                seed=config.seed,
+                log_every_steps=config.trainer.log_every_steps,
+                max_bad_fraction=config.data.max_bad_fraction,
+            ),
+            batches=batches,
+            learning_rate=lambda name, applied: self._learning_rate(task, name, applied, max_steps),
+            start_step=start,
+            events=self._events(task, manifest, engines, keeper),
+            on_report=self.reporter.report,
+            leaves_after=lambda step: self._leaves_after(step, keeper),
+        )
+
+    def _learning_rate(self, task: Task, name: str, applied: int, max_steps: int) -> float:
+        optimizer = self.config.optimizer
+        peak = task.trainables[name].learning_rate or optimizer.learning_rate
+        return learning_rate_at(
+            applied,
+            lr_schedule=optimizer.lr_schedule,
+            peak=peak,
+            warmup_steps=optimizer.warmup_steps,
+            warmup_start=optimizer.warmup_start_lr,
+            final_fraction=optimizer.final_lr_fraction,
+            total_steps=max_steps,
+        )
+
+    def _leaves_after(self, step: int, keeper: CheckpointKeeper) -> bool:
+        """Answer requests together: the strongest one of any rank is what all ranks do."""
+        request = distributed.max_over_ranks(int(self.preemption.poll()))
+        if request == Request.SAVE:
+            keeper.save(step)
+            if distributed.ranks().is_main:
+                self.preemption.acknowledge()
+        return request >= Request.STOP
+
+    def _events(
+        self, task: Task, manifest: Manifest, engines: Mapping[str, Engine], keeper: CheckpointKeeper
+    ) -> list[Periodic]:
+        """Validation and grids on the EMA weights, then the save."""
+        config, hooks, reporter = self.config, self.hooks, self.reporter
+        assert reporter is not None
+        events: list[Periodic] = []
+        if config.validation is not None and hooks.validate is not None:
+            validate = hooks.validate
+
+            def run_validation(step: int) -> None:
+                with averaged(engines):
+                    figures = validate(config, task, manifest)
+                reporter.log(step, figures)
+
+            events.append(Periodic(config.validation.every_steps, run_validation))
+        if config.samples is not None and hooks.sample is not None:
+            sample = hooks.sample
+
+            def run_samples(step: int) -> None:
+                with averaged(engines):
+                    files = sample(config, task, step)
+                reporter.show(step, "samples", files)
+
+            events.append(Periodic(config.samples.every_steps, run_samples))
+
+        def save(step: int) -> None:
+            keeper.save(step)
+
+        return [*events, Periodic(config.checkpoint.every_steps, save)]

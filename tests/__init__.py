@@ -1,0 +1,1 @@
+"""Tests; `tests.run` is what `make test` calls."""
