@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sdtrain.config.base import Section
 from sdtrain.config.conditioner import NoConditionerConfig
-from sdtrain.config.ingestion import IngestionConfig, LaionSource
+from sdtrain.config.ingestion import DigitsSource, IngestionConfig, LaionSource
 from sdtrain.config.run import TrainingConfig
 from sdtrain.config.sampling import SamplingConfig
 from sdtrain.config.task import AutoencodingTask, LatentDiffusionTask
@@ -91,6 +91,10 @@ def _guidance(config: TrainingConfig) -> Iterator[str]:
 
 
 def _ingestion(config: IngestionConfig) -> Iterator[str]:
+    if isinstance(config.source, DigitsSource):
+        for name in ("filter", "dedup"):
+            if _is_set(config, name):
+                yield f"{name} has no effect: source.type is digits"
     if isinstance(config.source, LaionSource) and not config.download.contact:
         yield "download.contact is empty: nothing is downloaded before it names an e-mail or URL for site owners"
     if config.download.allow_loopback:

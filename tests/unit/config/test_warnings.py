@@ -69,6 +69,8 @@ CONFIGS = Path(__file__).parents[3] / "configs/sd15"
             ["download.contact=me", "download.allow_loopback=true"],
             "download.allow_loopback is true: URLs of this machine are fetched; for tests and the demo only",
         ),
+        ("tiny/data", ["dedup.by=url_text"], "dedup has no effect: source.type is digits"),
+        ("tiny/data", ["filter.min_width=64"], "filter has no effect: source.type is digits"),
         ("sample", ["sampler=ddpm"], "eta has no effect: sampler is ddpm"),
     ],
 )
@@ -91,7 +93,9 @@ def test_unconditional() -> None:
     ]
 
 
-@pytest.mark.parametrize("page", ["train", "train_2x32gb", "autoencoder", "sample", "tiny/train", "tiny/sample"])
+@pytest.mark.parametrize(
+    "page", ["train", "train_2x32gb", "autoencoder", "sample", "tiny/train", "tiny/data", "tiny/sample"]
+)
 def test_good_pages_are_silent(page: str) -> None:
     assert warnings(load_config(CONFIGS / f"{page}.yaml")) == []
 
