@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -61,8 +63,6 @@ def test_data_is_aligned_to_eight_bytes_and_to_each_element(tmp_path: Path, tens
     content = (tmp_path / "a").read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     assert start % 8 == 0
-    import json
-
     for name, entry in json.loads(content[8:start]).items():
         assert entry["data_offsets"][0] % tensors[name].element_size() == 0, name
 
@@ -100,3 +100,13 @@ def test_text_is_digested_too(tmp_path: Path) -> None:
 
 def test_tensor_bytes_counts_elements_of_their_size() -> None:
     assert tensor_bytes({"a": torch.zeros(3), "b": torch.zeros(2, 2, dtype=torch.int64)}) == 12 + 32
+
+
+def test_writes_that_take_only_a_part_are_completed(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = write_tensors(tmp_path / "whole", tensors)
+    real = os.write
+    monkeypatch.setattr(rankfile.os, "write", lambda handle, content: real(handle, content[:13]))
+    assert write_tensors(tmp_path / "parts", tensors) == whole
+    assert digest_file(tmp_path / "parts") == whole
