@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -10,7 +12,7 @@ from data_pipeline.cluster import RayExecutor
 from data_pipeline.runner import Runner
 from data_pipeline.stage import Stage
 from data_pipeline.stages.filter import FilterSettings
-from sdtrain.config.ingestion import DigitsSource, FilterConfig, IngestionConfig, LaionSource
+from sdtrain.config.ingestion import DigitsSource, DownloadConfig, FilterConfig, IngestionConfig, LaionSource
 
 
 def stages_for(config: IngestionConfig) -> list[Stage]:
@@ -20,7 +22,7 @@ def stages_for(config: IngestionConfig) -> list[Stage]:
             stages = _laion_stages(config, config.source)
         case DigitsSource():
             stages = [_digits_stage(config, config.source)]
-    return stages
+    return [*stages, *_shard_stages(config)]
 
 
 def _laion_stages(config: IngestionConfig, source: LaionSource) -> list[Stage]:
@@ -64,6 +66,53 @@ def _digits_stage(config: IngestionConfig, source: DigitsSource) -> Stage:
         seed=config.seed,
         folder=images_folder(config.output),
     )
+
+
+def _shard_stages(config: IngestionConfig) -> list[Stage]:
+    """Images to manifests: `images.json` lists the pictures, `manifest.json` what training reads.
+
+    Where `encode` is null they list the same shards, for the training of an autoencoder.
+    """
+    from data_pipeline.stages.manifest import ManifestStage
+
+    out = config.output
+    images, tokens, latents = images_folder(out), out / "06-tokens", out / "07-encode"
+    transform = ImageTransform(config.download)
+    listed = ManifestStage("images", images, out / "05-images", out / "images.json", (transform,))
+    target = out / "manifest.json"
+    if config.encode is None:
+        return [listed, ManifestStage("manifest", images, out / "08-manifest", target, (transform,))]
+    from data_pipeline.stages.encode import EncodeStage
+    from data_pipeline.stages.tokenize import TokenizeStage
+
+    tokenize = TokenizeStage(images, tokens, config.tokenize.max_length)
+    encode = EncodeStage(images, tokens, latents, config.encode, num_gpus=_gpus_of_a_worker())
+    manifest = ManifestStage("manifest", latents, out / "08-manifest", target, (transform, tokenize, encode))
+    return [listed, tokenize, encode, manifest]
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """What was done to the pictures, for the fingerprint of a manifest.
+
+    Attributes:
+        settings: How they were brought to one size.
+    """
+
+    settings: DownloadConfig
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Size, crop and quality."""
+        return {
+            "transform": self.settings.model_dump(mode="json", include={"image_size", "resize_mode", "jpeg_quality"})
+        }
+
+
+def _gpus_of_a_worker() -> int:
+    """One where this machine has any."""
+    import torch
+
+    return 1 if torch.cuda.is_available() else 0
 
 
 def images_folder(output: Path) -> Path:

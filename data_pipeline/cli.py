@@ -40,6 +40,7 @@ def run(
         typer.Argument(metavar="[STAGE | KEY=VALUE]...", help="Stages to run (default: all), settings over the page."),
     ] = None,
     settings: Settings = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Run all stages up to this one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and why, and stop.")] = False,
 ) -> None:
     """Bring a data set up to date: only what is missing or out of date is done."""
@@ -51,7 +52,7 @@ def run(
     from data_pipeline.build import executor_for, runner_for, stages_for
     from data_pipeline.runner import choose
 
-    stages = stages_for(page)
+    stages = _up_to(stages_for(page), until)
     chosen = choose(stages, wanted)
     with executor_for(page) as executor:
         runner = runner_for(page, executor, Console())
@@ -98,6 +99,16 @@ def serve_digits(
         return
     typer.echo(f"serving {folder} on http://127.0.0.1:{port}/ until interrupted")
     serve(folder, port)
+
+
+def _up_to(stages: Sequence[Stage], until: str | None) -> Sequence[Stage]:
+    """The stages up to one of them; all without one."""
+    from data_pipeline.runner import choose
+
+    if until is None:
+        return stages
+    last = choose(stages, [until])
+    return stages[: max(index for index, stage in enumerate(stages) if stage.name in last) + 1]
 
 
 def _run(runner: Runner, stages: Sequence[Stage], wanted: Sequence[str]) -> None:
