@@ -162,7 +162,7 @@ class Runner:
 
     def _run_stage(self, plan: Plan) -> None:
         stage = plan.stage
-        self._console.print(plan.summary(), highlight=False, markup=False)
+        self._console.print(plan.summary(), highlight=False, markup=False, soft_wrap=True)
         stage.folder.mkdir(parents=True, exist_ok=True)
         _sweep(stage.folder)
         ledger = Ledger(stage.folder)
@@ -174,7 +174,7 @@ class Runner:
         stats = [_commit_of(ledger, unit).stats for unit in plan.units]
         report = stage.report(stats)
         if report is not None:
-            self._console.print(report, highlight=False, markup=False)
+            self._console.print(report, highlight=False, markup=False, soft_wrap=isinstance(report, str))
 
     def _work(self, plan: Plan, ledger: Ledger) -> None:
         """Keep the stage's workers busy until every unit is committed or dead."""
