@@ -137,6 +137,11 @@ class DownloadStage:
         kept = {"image_size", "resize_mode", "only_if_bigger", "jpeg_quality", "samples_per_shard", "max_bytes"}
         return self.settings.model_dump(mode="json", include=kept | {"max_pixels"}) | {"engine": _engine_version()}
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What a manifest says of the images."""
+        kept = {"image_size", "resize_mode", "only_if_bigger", "jpeg_quality"}
+        return {"transform": self.settings.model_dump(mode="json", include=kept) | {"engine": _engine_version()}}
+
     def units(self) -> Sequence[Unit]:
         """One per part.
 
