@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +46,15 @@ def provide(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
     module = ModuleType(name)
     vars(module).update(members)
     monkeypatch.setitem(sys.modules, name, module)
+    package, _, last = name.rpartition(".")
+    monkeypatch.setattr(importlib.import_module(package), last, module, raising=False)
+
+
+def provide_training(monkeypatch: pytest.MonkeyPatch, train: Callable[..., ExitCode]) -> None:
+    """A stand-in for the trainer and for everything that it is handed."""
+    provide(monkeypatch, "sdtrain.training.run", train=train, Hooks=SimpleNamespace)
+    provide(monkeypatch, "sdtrain.evaluation.during_training", validate="validate", sample="sample")
+    provide(monkeypatch, "sdtrain.export.after_training", export_weights="export")
 
 
 @pytest.fixture
@@ -55,8 +66,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, Any]]:
         calls.append((config, resume, hooks))
         return ExitCode.DONE
 
-    provide(monkeypatch, "sdtrain.training.run", train=train)
-    provide(monkeypatch, "sdtrain.evaluation.during_training", hooks=lambda: "hooks")
+    provide_training(monkeypatch, train)
     return calls
 
 
@@ -170,12 +180,12 @@ def test_train_hands_over_page_overrides_resume_and_hooks(trained: list[tuple[An
         (7, 2, "never"),
         (42, 4, tmp_path),
     ]
-    assert {hooks for _, _, hooks in trained} == {"hooks"}
+    for _, _, hooks in trained:
+        assert vars(hooks) == {"validate": "validate", "sample": "sample", "finish": "export"}
 
 
 def test_train_exits_with_the_code_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    provide(monkeypatch, "sdtrain.training.run", train=lambda *_, **__: ExitCode.REQUEUE)
-    provide(monkeypatch, "sdtrain.evaluation.during_training", hooks=lambda: None)
+    provide_training(monkeypatch, lambda *_, **__: ExitCode.REQUEUE)
     assert call("train", TRAIN) == 85
 
 
