@@ -60,10 +60,13 @@ def train(
     if dry_run:
         typer.echo(_plan(page, int(os.environ.get("WORLD_SIZE", "1")), start))
         return
-    from sdtrain.evaluation.during_training import hooks
+    from sdtrain.evaluation import during_training
+    from sdtrain.export.after_training import export_weights
+    from sdtrain.training.run import Hooks
     from sdtrain.training.run import train as run
 
-    raise typer.Exit(int(run(page, resume=start, hooks=hooks())))
+    hooks = Hooks(validate=during_training.validate, sample=during_training.sample, finish=export_weights)
+    raise typer.Exit(int(run(page, resume=start, hooks=hooks)))
 
 
 @app.command(epilog="Example: sdtrain sample configs/sd15/tiny/sample.yaml guidance_scale=3 seed=7")

@@ -1,4 +1,4 @@
-"""What happens at a run's step boundaries beside training: validation loss, sample grids, the weights export."""
+"""What happens at a run's step boundaries beside training: validation loss and sample grids."""
 
 from __future__ import annotations
 
@@ -8,23 +8,15 @@ import numpy as np
 import torch
 
 from sdtrain import build, distributed
-from sdtrain.checkpoints.manifest import list_checkpoints
 from sdtrain.conditioners.text import build_tokenizer, tokenize
 from sdtrain.config.conditioner import ClipTextConfig
 from sdtrain.config.run import TrainingConfig
 from sdtrain.data.loader import validation_loader
 from sdtrain.data.manifest import Manifest
 from sdtrain.evaluation.grids import make_grid
-from sdtrain.export.diffusers import export
 from sdtrain.records import Conditioning, Task
 from sdtrain.run_dir import RunDir
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
-from sdtrain.training.run import Hooks
-
-
-def hooks() -> Hooks:
-    """Everything that `sdtrain train` does beside training."""
-    return Hooks(validate=validate, sample=sample, finish=finish)
 
 
 @torch.no_grad()
@@ -106,14 +98,3 @@ def _conditioning(config: TrainingConfig, task: LatentDiffusionTask, prompts: li
     tokens = tokenize(build_tokenizer(config.conditioner.max_length), prompts)
     with torch.no_grad():
         return task.conditioner(torch.from_numpy(tokens.astype(np.int64)).to(distributed.device()))
-
-
-def finish(config: TrainingConfig, run: RunDir) -> None:
-    """Export the newest checkpoint's averaged weights in diffusers' layout; rank 0."""
-    if distributed.ranks().is_main:
-        newest = next(one for one in list_checkpoints(run.checkpoints) if not one.damage)
-        target = run.weights / newest.path.name
-        if not target.exists():
-            export(newest.path, target)
-        print(f"weights: {target}", flush=True)
-    distributed.barrier()

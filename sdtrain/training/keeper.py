@@ -55,6 +55,8 @@ class CheckpointKeeper:
         if step == self.saved_step:
             return self.run.checkpoints / self.parent if self.parent else None
         facts = {
+            "first_position": self.saved_step * self.batch_size,
+            "last_position": step * self.batch_size,
             "samples_seen": step * self.batch_size,
             "parent": self.parent,
             "config_sha256": hashlib.sha256(self.config_text.encode()).hexdigest(),
@@ -83,18 +85,8 @@ class CheckpointKeeper:
         return path
 
     def _record(self, step: int, path: Path) -> None:
-        first, last = self.saved_step * self.batch_size, step * self.batch_size
         if distributed.ranks().is_main:
-            self.run.log(
-                "commit",
-                attempt=self.attempt,
-                step=step,
-                checkpoint=path.name,
-                parent=self.parent,
-                world_size=distributed.ranks().world_size,
-                first_position=first,
-                last_position=last,
-            )
+            self._log_commit(Checkpoint.open(path))
             retain(
                 self.run.checkpoints,
                 keep_last=self.keep_last,
@@ -102,6 +94,15 @@ class CheckpointKeeper:
                 resumed_from=self.resumed_from,
             )
         self.saved_step, self.parent = step, path.name
+
+    def _log_commit(self, checkpoint: Checkpoint) -> None:
+        """One ledger row per commit; a rank killed between the commit and its row leaves this to the next attempt."""
+        told = {(row.get("checkpoint"), row.get("attempt")) for row in self.run.ledger_rows() if row["event"] == "commit"}
+        manifest = checkpoint.manifest
+        if (checkpoint.path.name, manifest["attempt"]) in told:
+            return
+        shown = ("attempt", "step", "parent", "world_size", "first_position", "last_position")
+        self.run.log("commit", checkpoint=checkpoint.path.name, **{name: manifest[name] for name in shown})
 
     def restore(self, checkpoint: Checkpoint) -> int:
         """Take over a checkpoint; returns its step. Collective.
@@ -123,5 +124,7 @@ class CheckpointKeeper:
                 "samples in the same order: restore these settings, or choose another run_dir for a new run."
             )
         restore(checkpoint, self.engines)
+        if distributed.ranks().is_main:
+            self._log_commit(checkpoint)
         self.parent, self.saved_step, self.resumed_from = checkpoint.path.name, checkpoint.step, checkpoint.path
         return checkpoint.step

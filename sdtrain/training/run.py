@@ -297,7 +297,7 @@ class Attempt:
         if request == Request.SAVE:
             keeper.save(step)
             if distributed.ranks().is_main:
-                self.preemption.acknowledge()
+                self.preemption.acknowledge(Request.SAVE)
         return request >= Request.STOP
 
     def _events(
