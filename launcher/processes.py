@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 # What a launcher is told from outside, and what it passes on; a closed terminal asks for the same as SIGTERM.
 FORWARDED = {
@@ -58,7 +58,7 @@ class _Forwarding(AbstractContextManager["_Forwarding"]):
 
     def __init__(self, child: subprocess.Popen[str]) -> None:
         self._child = child
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}
         self.told: int | None = None
 
     def __enter__(self) -> _Forwarding:
@@ -68,7 +68,7 @@ class _Forwarding(AbstractContextManager["_Forwarding"]):
 
     def __exit__(self, *_: object) -> None:
         for received, handler in self._previous.items():
-            signal.signal(received, handler)  # pyright: ignore[reportArgumentType]
+            signal.signal(received, handler)
 
     def _forward(self, number: int, _: FrameType | None) -> None:
         if self.told is None:
