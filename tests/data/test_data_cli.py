@@ -197,7 +197,7 @@ def test_the_whole_way_from_links_to_latents_on_real_ray(tmp_path, capfd):
     metadata = make_world(tmp_path / "world", seed=0, rows=400, image_size=64, port=port)
     path, out = tmp_path / "data.yaml", tmp_path / "out"
     text = PAGE.format(path=path, output=out, metadata=metadata) + ENCODED.format(autoencoder=tmp_path / "autoencoder")
-    limits = f"threads: 4, timeout_seconds: 1, total_timeout_seconds: 2, allow_loopback: true, allowed_ports: [{port}]"
+    limits = f"threads: 4, timeout_seconds: 5, total_timeout_seconds: 9, allow_loopback: true, allowed_ports: [{port}]"
     path.write_text(text.replace("contact:", f"{limits}, contact:"))
     world = World.load(tmp_path / "world")
     with DigitsServer(world, port):
