@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, assert_never
 
 from sdtrain.autoencoders import kl
-from sdtrain.autoencoders.load import load_autoencoder
+from sdtrain.autoencoders.load import autoencoder_facts, load_autoencoder
 from sdtrain.conditioners.none import NoConditioner
 from sdtrain.conditioners.text import (
     ClipTextConditioner,
@@ -202,7 +202,16 @@ def check_manifest(config: TrainingConfig, manifest: Manifest) -> None:
         DataError: Names each fact that differs.
     """
     expected: dict[str, Any] = {}
-    if "tokens" in fields_of(config):
+    fields = fields_of(config)
+    if "tokens" in fields:
         assert isinstance(config.conditioner, ClipTextConfig)
         expected["tokenizer"] = tokenizer_fingerprint(build_tokenizer(config.conditioner.max_length))
+    if "moments" in fields and config.autoencoder.weights is not None:
+        expected["autoencoder"] = _encoder_facts(config.autoencoder.weights, config.autoencoder.scaling_factor)
     check_fingerprint(manifest, expected)
+
+
+def _encoder_facts(weights: str, scaling_factor: float | None) -> dict[str, Any]:
+    """What the shards must say of their encoder; moments are stored unscaled, so a page may scale them its own way."""
+    facts = autoencoder_facts(weights)
+    return facts if scaling_factor is None else {k: v for k, v in facts.items() if k != "scaling_factor"}

@@ -10,18 +10,17 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Float16, UInt8
 
-from data_pipeline.ledger import sha256_file
 from data_pipeline.stage import Needs, Unit, Work, numbered_files, one_to_one
+from sdtrain.autoencoders.load import autoencoder_facts, load_autoencoder
 from sdtrain.config.ingestion import EncodeConfig
 from sdtrain.data.shard import ShardReader, ShardWriter
-from sdtrain.errors import ConfigError, DataError
+from sdtrain.errors import DataError
 from sdtrain.run_dir import write_atomically
 
 if TYPE_CHECKING:
@@ -32,46 +31,6 @@ if TYPE_CHECKING:
 
 STD_RANGE = (0.8, 1.25)
 """Standard deviation of scaled latents that passes without a warning; diffusion assumes 1."""
-
-
-def autoencoder_facts(source: str) -> dict[str, Any]:
-    """Digest of the weights and what scales their latents; part of the data set's fingerprint.
-
-    Args:
-        source: A folder in diffusers' layout or a hub name.
-
-    Raises:
-        ConfigError: Nothing readable is there.
-    """
-    from sdtrain.nn.folders import CONFIG_FILE, WEIGHTS_FILE
-
-    folder = _folder_of(source)
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        raise ConfigError(f"{weights}: missing; encode.autoencoder needs a folder with safetensors weights")
-    stat = weights.stat()
-    return {
-        "weights_sha256": _digest(weights, stat.st_size, stat.st_mtime_ns),
-        "scaling_factor": config.get("scaling_factor", 0.18215),
-        "shift_factor": config.get("shift_factor") or 0.0,
-        "latent_channels": config.get("latent_channels", 4),
-        "downsample_factor": 2 ** (len(config["block_out_channels"]) - 1),
-    }
-
-
-@lru_cache(maxsize=8)
-def _folder_of(source: str) -> Path:
-    """Asks the hub once per process; the facts are needed for every unit."""
-    from sdtrain.nn.folders import find_folder  # imports torch: seconds
-
-    return find_folder(source, part="vae")
-
-
-@lru_cache(maxsize=8)
-def _digest(path: Path, size_bytes: int, mtime_ns: int) -> str:
-    """Digest of a file that is read again only where size or time changed."""
-    return sha256_file(path)
 
 
 @dataclass(frozen=True)
@@ -188,8 +147,6 @@ class Encoder:
 
     def __init__(self, settings: EncodeConfig, *, on_gpu: bool):
         import torch
-
-        from sdtrain.autoencoders.load import load_autoencoder
 
         if on_gpu:
             torch.backends.cudnn.benchmark = False  # a timed choice of kernels would differ from run to run

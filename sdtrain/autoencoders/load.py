@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from sdtrain.autoencoders.kl import AutoencoderKL
-from sdtrain.nn.folders import find_folder, load_strictly, read_folder, write_folder
+from sdtrain.errors import ConfigError
+from sdtrain.nn.folders import CONFIG_FILE, WEIGHTS_FILE, find_folder, load_strictly, read_folder, write_folder
 
 # The middle attention's names in files from before diffusers 0.12, stabilityai/sd-vae-ft-mse among them.
 _OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -34,6 +39,45 @@ def load_autoencoder(source: str) -> AutoencoderKL:
 def save_autoencoder(autoencoder: AutoencoderKL, folder: Path) -> None:
     """Save config and weights; diffusers and `load_autoencoder` open the folder."""
     write_folder(folder, autoencoder.diffusers_config(), autoencoder.state_dict())
+
+
+def autoencoder_facts(source: str) -> dict[str, Any]:
+    """Digest of the weights and what scales their latents: what shards of latents say of the encoder that made them.
+
+    Ingestion writes these facts into the manifest's fingerprint, training compares them with its own autoencoder's.
+
+    Args:
+        source: As for `load_autoencoder`.
+
+    Raises:
+        ConfigError: Nothing readable is there.
+    """
+    folder = _folder_of(source)
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise ConfigError(f"{weights}: missing; an autoencoder needs a folder with safetensors weights")
+    stat = weights.stat()
+    return {
+        "weights_sha256": _digest(weights, stat.st_size, stat.st_mtime_ns),
+        "scaling_factor": config.get("scaling_factor", 0.18215),
+        "shift_factor": config.get("shift_factor") or 0.0,
+        "latent_channels": config.get("latent_channels", 4),
+        "downsample_factor": 2 ** (len(config["block_out_channels"]) - 1),
+    }
+
+
+@lru_cache(maxsize=8)
+def _folder_of(source: str) -> Path:
+    """Asks the hub once per process: ingestion needs the facts for every unit."""
+    return find_folder(source, part="vae")
+
+
+@lru_cache(maxsize=8)
+def _digest(path: Path, size_bytes: int, mtime_ns: int) -> str:
+    """Digest of a file that is read again only where size or time changed."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def with_current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -258,7 +258,7 @@ def test_the_fingerprint_names_weights_and_scale(tmp_path: Path, autoencoder: Pa
 
 def test_missing_weights_are_named(autoencoder: Path) -> None:
     (autoencoder / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"diffusion_pytorch_model.safetensors: missing; encode.autoencoder needs"):
+    with pytest.raises(ConfigError, match=r"diffusion_pytorch_model.safetensors: missing; an autoencoder needs"):
         autoencoder_facts(str(autoencoder))
 
 
