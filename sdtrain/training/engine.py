@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ def import_deepspeed() -> Any:
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
+    # DeepSpeed calls collectives by names that torch has since deprecated; a user can do nothing about it.
+    warnings.filterwarnings("ignore", message=".*is deprecated.*", category=FutureWarning, module="torch.distributed")
     if not torch.cuda.is_available():
         __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)

@@ -97,7 +97,9 @@ class CheckpointKeeper:
 
     def _log_commit(self, checkpoint: Checkpoint) -> None:
         """One ledger row per commit; a rank killed between the commit and its row leaves this to the next attempt."""
-        told = {(row.get("checkpoint"), row.get("attempt")) for row in self.run.ledger_rows() if row["event"] == "commit"}
+        told = {
+            (row.get("checkpoint"), row.get("attempt")) for row in self.run.ledger_rows() if row["event"] == "commit"
+        }
         manifest = checkpoint.manifest
         if (checkpoint.path.name, manifest["attempt"]) in told:
             return

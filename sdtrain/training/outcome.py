@@ -39,6 +39,7 @@ def leave_together(run: RunDir, attempt: str, code: ExitCode, reason: str, step:
     """A planned end: rank 0 writes the word, and nobody leaves before it stands. Collective."""
     if distributed.ranks().is_main:
         run.write_exit(Exit(int(code), reason, step, 0, attempt))
+        run.log("end", attempt=attempt, code=int(code), reason=reason, step=step)
     distributed.barrier()
 
 
@@ -56,5 +57,7 @@ def leave_broken(run: RunDir, attempt: str, error: BaseException, step: int) -> 
     standing = run.read_exit()
     is_first = standing is None or standing.attempt != attempt
     if is_first or (standing is not None and standing.code == ExitCode.HANG and code != ExitCode.HANG):
-        run.write_exit(Exit(int(code), f"{type(error).__name__}: {error}", step, rank, attempt))
+        reason = f"{type(error).__name__}: {error}"
+        run.write_exit(Exit(int(code), reason, step, rank, attempt))
+        run.log("end", attempt=attempt, code=int(code), reason=reason, step=step, rank=rank)
     return code

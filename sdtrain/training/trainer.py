@@ -135,7 +135,7 @@ class Trainer:
         self._on_report = on_report
         self._leaves_after = leaves_after
         self._window = Window()
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row = dict.fromkeys(engines, 0)
         self._samples_read = 0
 
     def fit(self) -> bool:
@@ -207,17 +207,18 @@ class Trainer:
         torch.manual_seed(int(philox_bits(self.settings.seed, stream, position, 1)[0] >> 1))
 
     def _watch(self, name: str, result: StepResult) -> None:
-        """Count steps that DeepSpeed skipped on all ranks together; too many in a row are a divergence."""
+        """Count updates that DeepSpeed skipped on all ranks together; too many in a row of one trainable: diverged."""
         if result.applied:
-            self._skipped_in_a_row = 0
+            self._skipped_in_a_row[name] = 0
             self._window.results[name] = result
             return
         self._window.skipped += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= self.settings.max_skipped_in_a_row:
+        self._skipped_in_a_row[name] += 1
+        if self._skipped_in_a_row[name] >= self.settings.max_skipped_in_a_row:
             raise DivergedError(
-                f"{name}: gradients were not finite for {self._skipped_in_a_row} steps in a row, the last one step "
-                f"{self.step}. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or resume from an older checkpoint."
+                f"{name}: gradients were not finite for {self._skipped_in_a_row[name]} updates in a row, the last one at "
+                f"step {self.step}. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or resume from an "
+                "older checkpoint."
             )
 
     def _run(self, action: Event) -> None:
