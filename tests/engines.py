@@ -1,0 +1,121 @@
+"""Engines for tests: a plain one without DeepSpeed, and one rank of the real thing inside the test's own process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sdtrain import cli, distributed
+from sdtrain.checkpoints.recut import Layout
+from sdtrain.training.trainer import StepResult
+
+
+class PlainEngine:
+    """What trainer, keeper and state ask of an engine, on plain tensors.
+
+    `skips` names the calls (from 0) whose gradients are not finite; `log` is told everything that happens.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | None = None,
+        *,
+        name: str = "denoiser",
+        accumulation: int = 1,
+        skips: Sequence[int] = (),
+        has_ema: bool = True,
+        log: list[Any] | None = None,
+    ) -> None:
+        self.module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)) if module is None else module
+        self.applied_steps = 0
+        self.log = [] if log is None else log
+        self._name, self._accumulation, self._skips = name, accumulation, set(skips)
+        self._micro, self._updates = 0, 0
+        flat = torch.cat([parameter.detach().flatten() for parameter in self.module.parameters()])
+        layout = Layout.of([{key: parameter.shape for key, parameter in self.module.named_parameters()}])
+        self.partitions: Any = SimpleNamespace(layout=layout, spans=((0, len(flat)),))
+        self.state = {"master": flat, "exp_avg": flat + 1, "exp_avg_sq": flat.square()}
+        self.ema = SimpleNamespace(shards=[flat / 2]) if has_ema else None
+        self.restored: tuple[dict[str, Tensor], int, dict[str, float]] | None = None
+
+    # The loop -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def alone(self, others: Sequence[Any]) -> Iterator[None]:
+        self.log.append(("alone", self._name, [other._name for other in others]))
+        yield
+
+    def backward(self, losses: Tensor, weights: Tensor) -> None:
+        self.log.append(("backward", self._name))
+
+    def step(self, learning_rate: float) -> StepResult | None:
+        self._micro += 1
+        if self._micro % self._accumulation:
+            return None
+        self.log.append(("step", self._name, learning_rate))
+        skipped = self._updates in self._skips
+        self._updates += 1
+        if skipped:
+            return StepResult(applied=False, gradient_norm=float("inf"), learning_rate=learning_rate, ema_decay=None)
+        self.applied_steps += 1
+        return StepResult(applied=True, gradient_norm=1.0, learning_rate=learning_rate, ema_decay=0.5)
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        kinds = self.state | ({} if self.ema is None else {"ema": self.ema.shards[0]})
+        return {f"group0/{kind}": value for kind, value in kinds.items()}
+
+    def scaler_state(self) -> dict[str, float]:
+        return {}
+
+    def restore(self, read: dict[str, Tensor], *, applied_steps: int, scaler: dict[str, float]) -> None:
+        self.restored, self.applied_steps = (read, applied_steps, scaler), applied_steps
+
+
+# One real rank ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of one rank, for as many DeepSpeed engines and runs as a module wants.
+
+    It is left through DeepSpeed, which keeps groups of its own that torch alone would leave stale.
+    """
+    from sdtrain.training.engine import import_deepspeed
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "to be removed")
+            patch.delenv(name)
+        deepspeed = import_deepspeed()
+        distributed.initialize(timeout_seconds=60)
+        try:
+            yield
+        finally:
+            if deepspeed.comm.comm.cdb is None:
+                distributed.shutdown()
+            else:
+                deepspeed.comm.destroy_process_group()
+
+
+def sdtrain(*arguments: object) -> int:
+    """Run a command line of `sdtrain` inside `one_rank()` and return what its process would have exited with."""
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "initialize", lambda timeout_seconds: None)
+        patch.setattr(distributed, "shutdown", lambda: None)
+        patch.setattr(os, "_exit", leave)
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(argument) for argument in arguments])
+    return int(left.value.code or 0)

@@ -1,0 +1,333 @@
+"""The loop on engines and a task of its own: what happens when, what is counted, and when it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdtrain import distributed
+from sdtrain.errors import DataError, DivergedError, ExitCode
+from sdtrain.records import Batch, DrawSpec, LossOutput, Trainable
+from sdtrain.training import trainer as trainer_module
+from sdtrain.training.trainer import Periodic, Report, Trainer, TrainerSettings, Window
+from tests.engines import PlainEngine
+
+MICRO = 2
+
+
+class CountingTask:
+    """Loss of a sample: its position. `draws_seen` holds what torch draws inside each loss."""
+
+    def __init__(
+        self,
+        active: Callable[[str, int], bool] = lambda name, step: True,
+        on_loss: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.trainables: dict[str, Trainable] = {}
+        self.frozen: dict[str, torch.nn.Module] = {}
+        self.draws = DrawSpec()
+        self.is_active = active
+        self.on_loss = on_loss
+        self.draws_seen: list[tuple[int, float]] = []
+
+    def loss(self, name: str, batch: Batch, step: int) -> LossOutput:
+        self.on_loss()
+        self.draws_seen.append((step, float(torch.rand(()))))
+        values = batch.positions.float()
+        return LossOutput(losses=values, weights=batch.weights, metrics={"double": 2 * values})
+
+    def validate(self, batch: Batch) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def sample(self, conditioning: Any, seeds: Sequence[int]) -> Tensor:
+        raise NotImplementedError
+
+
+def micro_batch(first: int, bad: Sequence[int] = ()) -> Batch:
+    positions = list(range(first, first + MICRO))
+    return Batch(
+        keys=tuple(map(str, positions)),
+        positions=torch.tensor(positions),
+        fields={},
+        normals={},
+        uniforms={},
+        weights=torch.tensor([0.0 if position in bad else 1.0 for position in positions]),
+        errors=tuple(f"{position}: torn" for position in positions if position in bad),
+    )
+
+
+def batches(start: int, accumulation: int, bad: Sequence[int] = ()) -> Iterator[tuple[int, int, Batch]]:
+    for step in range(start, 10_000):
+        for micro in range(accumulation):
+            yield step, micro, micro_batch((step * accumulation + micro) * MICRO, bad)
+
+
+def make(
+    engines: dict[str, PlainEngine],
+    *,
+    max_steps: int = 4,
+    accumulation: int = 1,
+    start: int = 0,
+    bad: Sequence[int] = (),
+    task: CountingTask | None = None,
+    learning_rate: Callable[[str, int], float] = lambda name, applied: 0.1,
+    settings: dict[str, Any] | None = None,
+    stream: Iterator[tuple[int, int, Batch]] | None = None,
+    **hooks: Any,
+) -> Trainer:
+    values = {"log_every_steps": 2} | (settings or {})
+    return Trainer(
+        task=task or CountingTask(),
+        engines=engines,  # type: ignore[arg-type]
+        settings=TrainerSettings(
+            max_steps=max_steps, batch_size=accumulation * MICRO, grad_accum_steps=accumulation, seed=3, **values
+        ),
+        batches=stream or batches(start, accumulation, bad),
+        learning_rate=learning_rate,
+        start_step=start,
+        **hooks,
+    )
+
+
+# What happens when ----------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_backwards_step_report_events_and_the_question_in_this_order() -> None:
+    log: list[Any] = []
+    trainer = make(
+        {"denoiser": PlainEngine(accumulation=2, log=log)},
+        max_steps=3,
+        accumulation=2,
+        events=[
+            Periodic(2, lambda step: log.append(("validate", step))),
+            Periodic(1, lambda step: log.append(("save", step))),
+        ],
+        on_report=lambda report: log.append(("report", report.step)),
+        leaves_after=lambda step: log.append(("leaves?", step)) is not None,
+    )
+    assert trainer.fit() is True
+    update = [("alone", "denoiser", []), ("backward", "denoiser"), ("backward", "denoiser"), ("step", "denoiser", 0.1)]
+    assert log == [
+        *update,
+        ("save", 1),
+        ("leaves?", 1),
+        *update,
+        ("report", 2),
+        ("validate", 2),
+        ("save", 2),
+        ("leaves?", 2),
+        *update,
+        ("report", 3),  # the last step reports a window of one
+        ("validate", 3),
+        ("save", 3),
+        ("leaves?", 3),
+    ]
+
+
+@pytest.mark.parametrize(("at_end", "due"), [(True, [3, 6, 7]), (False, [3, 6])])
+def test_periodic_events(at_end: bool, due: list[int]) -> None:
+    event = Periodic(3, lambda step: None, at_end=at_end)
+    assert [step for step in range(1, 8) if event.is_due(step, max_steps=7)] == due
+
+
+def test_a_wish_to_leave_ends_the_loop_at_its_step_boundary() -> None:
+    engine = PlainEngine()
+    trainer = make({"denoiser": engine}, max_steps=9, leaves_after=lambda step: step == 2)
+    assert trainer.fit() is False
+    assert (trainer.step, engine.applied_steps) == (2, 2)
+
+
+def test_a_wish_to_leave_after_the_last_step_changes_nothing() -> None:
+    assert make({"denoiser": PlainEngine()}, max_steps=2, leaves_after=lambda step: step == 2).fit() is True
+
+
+def test_a_finished_run_reads_and_does_nothing() -> None:
+    engine = PlainEngine()
+    trainer = make({"denoiser": engine}, start=4, max_steps=4)
+    assert trainer.fit() is True
+    assert engine.log == []
+
+
+def test_each_trainable_steps_when_its_task_says_so_with_the_others_frozen() -> None:
+    log: list[Any] = []
+    engines = {name: PlainEngine(name=name, log=log) for name in ("generator", "judge")}
+    task = CountingTask(active=lambda name, step: name == "generator" or step >= 1)
+    make(engines, max_steps=2, task=task).fit()
+    assert [row[:2] for row in log if row[0] == "step"] == [
+        ("step", "generator"),
+        ("step", "generator"),
+        ("step", "judge"),
+    ]
+    assert [row for row in log if row[0] == "alone"] == [
+        ("alone", "generator", ["judge"]),
+        ("alone", "generator", ["judge"]),
+        ("alone", "judge", ["generator"]),
+    ]
+
+
+def test_networks_are_put_into_training_mode_before_every_update() -> None:
+    engine = PlainEngine()
+    modes: list[bool] = []
+    task = CountingTask(on_loss=lambda: modes.append(engine.module.training))
+
+    def validate(step: int) -> None:
+        engine.module.eval()
+
+    make({"denoiser": engine}, max_steps=3, task=task, events=[Periodic(1, validate)]).fit()
+    assert modes == [True, True, True]
+
+
+# What is counted ------------------------------------------------------------------------------------------------------
+
+
+def test_only_applied_steps_move_the_learning_rate() -> None:
+    engine = PlainEngine(skips=[1, 2])
+    asked: list[int] = []
+    make({"denoiser": engine}, max_steps=5, learning_rate=lambda name, applied: asked.append(applied) or 0.1).fit()
+    assert asked == [0, 1, 1, 1, 2]
+    assert engine.applied_steps == 3
+
+
+def test_windows_are_means_over_their_own_samples() -> None:
+    reports: list[Report] = []
+    make({"denoiser": PlainEngine(skips=[1, 4])}, max_steps=5, accumulation=2, on_report=reports.append).fit()
+    # PlainEngine(accumulation=1) updates at every micro-step: call 1 is step 0, call 4 is step 2
+    assert [report.step for report in reports] == [2, 4, 5]
+    assert [report.means["denoiser/loss"] for report in reports] == [3.5, 11.5, 17.5]
+    assert [report.means["denoiser/double"] for report in reports] == [7.0, 23.0, 35.0]
+    assert [report.samples_seen for report in reports] == [8, 16, 20]
+    assert [report.images for report in reports] == [8, 8, 4]
+
+
+def test_skipped_steps_are_counted_per_window_and_leave_the_last_applied_result() -> None:
+    reports: list[Report] = []
+    make({"denoiser": PlainEngine(skips=[1, 2])}, max_steps=4, on_report=reports.append).fit()
+    assert [report.skipped for report in reports] == [1, 1]
+    assert [report.results["denoiser"].applied for report in reports] == [True, True]
+
+
+def test_tombstones_do_not_count_whatever_their_zeros_give() -> None:
+    window = Window()
+    window.add("loss", torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([1.0, 0.0, 1.0]))
+    window.add("loss", torch.tensor([8.0]), torch.tensor([1.0]))
+    assert window.means() == {"loss": 4.0}
+
+
+def test_a_window_of_tombstones_alone_has_a_mean_of_zero() -> None:
+    window = Window()
+    window.add("loss", torch.tensor([float("nan")]), torch.tensor([0.0]))
+    assert window.means() == {"loss": 0.0}
+
+
+def test_window_means_are_over_the_samples_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Window()
+    other.add("a", torch.tensor([10.0]), torch.ones(1))
+    other.add("b", torch.tensor([1.0]), torch.ones(1))
+    gathered: list[list[float]] = []
+    monkeypatch.setattr(distributed, "gather_objects", lambda item: gathered.append(item) or [item])
+    other.means()
+    monkeypatch.setattr(distributed, "gather_objects", lambda item: [item, gathered[0]])
+    mine = Window()
+    mine.add("b", torch.tensor([2.0, 3.0]), torch.ones(2))
+    mine.add("a", torch.tensor([1.0, 2.0, 3.0]), torch.ones(3))
+    assert mine.means() == {"a": 4.0, "b": 2.0}
+
+
+def test_events_do_not_count_as_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(trainer_module, "Window", lambda: Window(started=clock[0]))
+    reports: list[Report] = []
+
+    def pass_time(seconds: float) -> None:
+        clock[0] += seconds
+
+    def slow() -> Iterator[tuple[int, int, Batch]]:
+        for item in batches(0, 1):
+            pass_time(0.25)
+            yield item
+
+    trainer = make(
+        {"denoiser": PlainEngine()},
+        task=CountingTask(on_loss=lambda: pass_time(1.0)),
+        stream=slow(),
+        on_report=reports.append,
+        events=[Periodic(1, lambda step: pass_time(100.0))],
+    )
+    trainer.fit()
+    assert [report.seconds for report in reports] == [2.5, 2.5]
+    assert [report.data_wait_seconds for report in reports] == [0.5, 0.5]
+
+
+def test_what_torch_draws_depends_on_seed_step_and_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draws(start: int, **settings: Any) -> list[tuple[int, float]]:
+        task = CountingTask()
+        make({"denoiser": PlainEngine()}, start=start, max_steps=3, accumulation=2, task=task, settings=settings).fit()
+        return task.draws_seen
+
+    whole = draws(0)
+    assert len({value for _, value in whole}) == 6
+    torch.rand(7)  # whatever was drawn before
+    assert draws(1) == whole[2:]
+    monkeypatch.setenv("RANK", "1")
+    assert not {value for _, value in draws(0)} & {value for _, value in whole}
+
+
+# When it gives up -----------------------------------------------------------------------------------------------------
+
+
+def test_a_permanent_nan_is_a_divergence() -> None:
+    engine = PlainEngine(skips=range(2, 100))
+    with pytest.raises(DivergedError) as raised:
+        make({"denoiser": engine}, max_steps=50, settings={"max_skipped_in_a_row": 3}).fit()
+    assert raised.value.exit_code == ExitCode.DIVERGED == 5
+    assert str(raised.value) == (
+        "denoiser: gradients were not finite for 3 updates in a row, the last one at step 4. "
+        "Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or resume from an older checkpoint."
+    )
+
+
+def test_skips_between_applied_steps_are_no_divergence() -> None:
+    engine = PlainEngine(skips=[0, 1, 3, 4, 6, 7])
+    assert make({"denoiser": engine}, max_steps=9, settings={"max_skipped_in_a_row": 3}).fit() is True
+
+
+def test_a_healthy_trainable_does_not_hide_a_diverged_one() -> None:
+    engines = {"generator": PlainEngine(name="generator"), "judge": PlainEngine(name="judge", skips=range(100))}
+    with pytest.raises(DivergedError, match="^judge: gradients were not finite for 3 updates in a row"):
+        make(engines, max_steps=50, settings={"max_skipped_in_a_row": 3}).fit()
+
+
+def test_too_many_unreadable_samples_end_the_run_by_name() -> None:
+    reports: list[Report] = []
+    trainer = make(
+        {"denoiser": PlainEngine()}, bad=[4, 6, 7], on_report=reports.append, settings={"max_bad_fraction": 0.25}
+    )
+    with pytest.raises(DataError) as raised:
+        trainer.fit()
+    assert raised.value.exit_code == ExitCode.DATA == 3
+    assert [report.step for report in reports] == [2]
+    assert str(raised.value) == (
+        "3 of 8 samples of one rank could not be read; data.max_bad_fraction = 0.25 allows 2. "
+        "The first ones of this rank:\n  4: torn\n  6: torn\n  7: torn\nRepair the shards or raise data.max_bad_fraction."
+    )
+
+
+def test_few_unreadable_samples_do_not_end_the_run() -> None:
+    trainer = make({"denoiser": PlainEngine()}, bad=[4, 6], settings={"max_bad_fraction": 0.25})
+    assert trainer.fit() is True
+    assert trainer.tombstones == ["4: torn", "6: torn"]
+
+
+def test_a_single_unreadable_sample_never_ends_a_run() -> None:
+    assert make({"denoiser": PlainEngine()}, bad=[1], settings={"max_bad_fraction": 0.0}).fit() is True
+
+
+def test_all_ranks_stop_for_one_rank_s_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda value: max(value, 3.0))
+    with pytest.raises(DataError, match=r"^3 of 4 samples .* allows 1\. .*\n  \(all on other ranks\)\n"):
+        make({"denoiser": PlainEngine()}).fit()
