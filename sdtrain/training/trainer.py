@@ -216,8 +216,8 @@ class Trainer:
         self._skipped_in_a_row[name] += 1
         if self._skipped_in_a_row[name] >= self.settings.max_skipped_in_a_row:
             raise DivergedError(
-                f"{name}: gradients were not finite for {self._skipped_in_a_row[name]} updates in a row, the last one at "
-                f"step {self.step}. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or resume from an "
+                f"{name}: gradients were not finite for {self._skipped_in_a_row[name]} updates in a row, the last one "
+                f"at step {self.step}. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or resume from an "
                 "older checkpoint."
             )
 

@@ -298,7 +298,7 @@ def test_skips_between_applied_steps_are_no_divergence() -> None:
 
 def test_a_healthy_trainable_does_not_hide_a_diverged_one() -> None:
     engines = {"generator": PlainEngine(name="generator"), "judge": PlainEngine(name="judge", skips=range(100))}
-    with pytest.raises(DivergedError, match="^judge: gradients were not finite for 3 updates in a row"):
+    with pytest.raises(DivergedError, match=r"^judge: gradients were not finite for 3 updates in a row"):
         make(engines, max_steps=50, settings={"max_skipped_in_a_row": 3}).fit()
 
 
@@ -313,7 +313,8 @@ def test_too_many_unreadable_samples_end_the_run_by_name() -> None:
     assert [report.step for report in reports] == [2]
     assert str(raised.value) == (
         "3 of 8 samples of one rank could not be read; data.max_bad_fraction = 0.25 allows 2. "
-        "The first ones of this rank:\n  4: torn\n  6: torn\n  7: torn\nRepair the shards or raise data.max_bad_fraction."
+        "The first ones of this rank:\n  4: torn\n  6: torn\n  7: torn\n"
+        "Repair the shards or raise data.max_bad_fraction."
     )
 
 

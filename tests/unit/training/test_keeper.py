@@ -1,0 +1,184 @@
+"""Saving, the ledger, and which checkpoints a run takes over."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdtrain.checkpoints.manifest import Checkpoint, list_checkpoints
+from sdtrain.checkpoints.protocol import verify
+from sdtrain.errors import CheckpointError, ExitCode, StorageError
+from sdtrain.run_dir import RunDir
+from sdtrain.training import keeper as keeper_module
+from sdtrain.training.keeper import CheckpointKeeper
+from tests.engines import PlainEngine
+
+IDENTITY = {"data_manifest_sha256": "abc", "seed": 7, "order_version": 1, "window_shards": 2, "batch_size": 8}
+
+
+def make(folder: Path, *, attempt: str = "a1", engine: PlainEngine | None = None, **changes: Any) -> CheckpointKeeper:
+    values: dict[str, Any] = {
+        "batch_size": 8,
+        "config_text": "schema_version: 1\n",
+        "identity": IDENTITY,
+        "environment": {"git_commit": "0" * 40, "versions": {"torch": "2"}},
+        "keep_last": 2,
+        "keep_every_steps": None,
+    }
+    return CheckpointKeeper(
+        run=RunDir(folder), attempt=attempt, engines={"denoiser": engine or PlainEngine()}, **(values | changes)
+    )
+
+
+def commits(folder: Path) -> list[tuple[str, str, int, int, str | None]]:
+    return [
+        (row["checkpoint"], row["attempt"], row["first_position"], row["last_position"], row["parent"])
+        for row in RunDir(folder).ledger_rows()
+        if row["event"] == "commit"
+    ]
+
+
+def test_a_checkpoint_says_where_it_comes_from(tmp_path: Path) -> None:
+    engine = PlainEngine()
+    engine.applied_steps = 4
+    keeper = make(tmp_path, engine=engine)
+    path = keeper.save(5)
+    assert path == tmp_path / "checkpoints" / "step-00000005"
+    checkpoint = Checkpoint.open(path)
+    assert verify(checkpoint) == []
+    manifest = checkpoint.manifest
+    assert (manifest["step"], manifest["samples_seen"], manifest["applied_steps"]) == (5, 40, {"denoiser": 4})
+    assert (manifest["parent"], manifest["identity"]) == (None, IDENTITY)
+    assert (manifest["git_commit"], manifest["versions"]) == ("0" * 40, {"torch": "2"})
+    assert manifest["config_sha256"] == hashlib.sha256(b"schema_version: 1\n").hexdigest()
+    assert (path / "config.yaml").read_text() == "schema_version: 1\n"
+
+
+def test_the_ledger_tells_each_range_of_samples_once(tmp_path: Path) -> None:
+    keeper = make(tmp_path)
+    for step in (2, 4, 4, 5):
+        keeper.save(step)
+    assert commits(tmp_path) == [
+        ("step-00000002", "a1", 0, 16, None),
+        ("step-00000004", "a1", 16, 32, "step-00000002"),
+        ("step-00000005", "a1", 32, 40, "step-00000004"),
+    ]
+    row = RunDir(tmp_path).ledger_rows()[0]
+    assert (row["step"], row["world_size"]) == (2, 1)
+
+
+def test_a_step_is_saved_once(tmp_path: Path) -> None:
+    keeper = make(tmp_path)
+    assert keeper.save(0) is None  # nothing was trained yet
+    first = keeper.save(3)
+    assert first is not None
+    inode = (first / "MANIFEST.json").stat().st_ino
+    assert keeper.save(3) == first
+    assert (first / "MANIFEST.json").stat().st_ino == inode
+
+
+def test_old_checkpoints_go_and_the_one_that_was_resumed_stays(tmp_path: Path) -> None:
+    make(tmp_path).save(1)
+    keeper = make(tmp_path, attempt="a2")
+    assert keeper.restore(list_checkpoints(tmp_path / "checkpoints")[0]) == 1
+    for step in range(2, 8):
+        keeper.save(step)
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "checkpoints")] == [7, 6, 1]
+
+
+def test_every_n_th_stays(tmp_path: Path) -> None:
+    keeper = make(tmp_path, keep_every_steps=2)
+    for step in range(1, 7):
+        keeper.save(step)
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "checkpoints")] == [6, 5, 4, 2]
+
+
+def fail_times(monkeypatch: pytest.MonkeyPatch, outcomes: list[bool]) -> None:
+    """Let commits work or fail, in this order."""
+    real, left = keeper_module.commit, iter(outcomes)
+    monkeypatch.setattr(keeper_module, "commit", lambda *args, **kwargs: real(*args, **kwargs) if next(left) else None)
+
+
+def test_the_third_failed_save_in_a_row_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_times(monkeypatch, [True, False, False, False])
+    keeper = make(tmp_path)
+    keeper.save(1)
+    assert keeper.save(2) is None
+    assert keeper.save(3) is None
+    with pytest.raises(StorageError) as raised:
+        keeper.save(4)
+    assert raised.value.exit_code == ExitCode.STORAGE == 8
+    assert str(raised.value) == (
+        f"{tmp_path / 'checkpoints'}: 3 saves in a row failed (see the log). Free some space or repair the file system, "
+        "then start again: the newest committed checkpoint is intact."
+    )
+    assert commits(tmp_path) == [("step-00000001", "a1", 0, 8, None)]
+
+
+def test_a_save_in_between_forgives_the_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_times(monkeypatch, [False, False, True, False, False, True])
+    keeper = make(tmp_path)
+    assert [keeper.save(step) is not None for step in range(1, 7)] == [False, False, True, False, False, True]
+    # what a failed save did not commit belongs to the next one
+    assert commits(tmp_path) == [("step-00000003", "a1", 0, 24, None), ("step-00000006", "a1", 24, 48, "step-00000003")]
+
+
+def test_a_real_full_disk_counts_as_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdtrain.checkpoints.protocol._free", lambda folder: (0.0, 0.0))
+    assert make(tmp_path).save(1) is None
+    assert commits(tmp_path) == []
+
+
+def test_restoring_goes_on_where_the_checkpoint_ends(tmp_path: Path) -> None:
+    engine = PlainEngine()
+    engine.applied_steps = 4
+    make(tmp_path, engine=engine).save(5)
+    fresh = PlainEngine()
+    keeper = make(tmp_path, attempt="a2", engine=fresh)
+    assert keeper.restore(list_checkpoints(tmp_path / "checkpoints")[0]) == 5
+    assert fresh.applied_steps == 4
+    keeper.save(5)
+    keeper.save(6)
+    assert commits(tmp_path) == [
+        ("step-00000005", "a1", 0, 40, None),
+        ("step-00000006", "a2", 40, 48, "step-00000005"),
+    ]
+
+
+def test_a_commit_whose_row_was_lost_is_told_by_the_next_attempt_once(tmp_path: Path) -> None:
+    make(tmp_path).save(5)
+    RunDir(tmp_path).ledger.unlink()
+    for attempt in ("a2", "a3"):
+        make(tmp_path, attempt=attempt).restore(list_checkpoints(tmp_path / "checkpoints")[0])
+    assert commits(tmp_path) == [("step-00000005", "a1", 0, 40, None)]
+
+
+def test_a_replayed_step_is_kept_and_told_once(tmp_path: Path) -> None:
+    """Resumed from an older checkpoint by name, the run comes by steps that stand already."""
+    first = make(tmp_path)
+    first.save(2)
+    first.save(4)
+    again = make(tmp_path, attempt="a2")
+    again.restore(list_checkpoints(tmp_path / "checkpoints")[1])
+    assert again.save(4) == tmp_path / "checkpoints" / "step-00000004"
+    assert [row[:2] for row in commits(tmp_path)] == [("step-00000002", "a1"), ("step-00000004", "a1")]
+
+
+@pytest.mark.parametrize(("key", "value"), [("data_manifest_sha256", "xyz"), ("seed", 8), ("order_version", 2)])
+def test_another_run_s_checkpoint_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    make(tmp_path).save(5)
+    engine = PlainEngine()
+    keeper = make(tmp_path, engine=engine, identity=IDENTITY | {key: value})
+    with pytest.raises(CheckpointError) as raised:
+        keeper.restore(list_checkpoints(tmp_path / "checkpoints")[0])
+    assert raised.value.exit_code == ExitCode.CHECKPOINT == 4
+    assert str(raised.value) == (
+        f"{tmp_path / 'checkpoints' / 'step-00000005'}: belongs to another run:\n"
+        f"  {key}: {IDENTITY[key]!r} then, {value!r} now\n"
+        "A resume must see the same samples in the same order: restore these settings, or choose another run_dir for a "
+        "new run."
+    )
+    assert engine.restored is None
