@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from sdtrain.samplers.steps import Model
 _STREAM = "sampler"
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """The trained network, as a sampler sees it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -14,6 +14,7 @@ from sdtrain.errors import DataError
 from sdtrain.records import Batch, Conditioning
 
 
+@runtime_checkable
 class Conditioner(Protocol):
     """A field of the shards -> conditioning."""
 
@@ -26,6 +27,7 @@ class Conditioner(Protocol):
         ...
 
 
+@runtime_checkable
 class Autoencoder(Protocol):
     """Images <-> latents; see `sdtrain.autoencoders`."""
 

@@ -34,6 +34,12 @@ class FakeAutoencoder(nn.Module):
         mean, log_variance = moments.float().chunk(2, dim=1)
         return mean + torch.exp(0.5 * log_variance) * noise
 
+    def scale(self, raw_latents):
+        return raw_latents
+
+    def unscale(self, latents):
+        return latents
+
     def kl(self, moments):
         mean, log_variance = moments.chunk(2, dim=1)
         return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)

@@ -7,6 +7,7 @@ from torch import nn
 from sdtrain.diffusion.process import DiffusionProcess
 from sdtrain.errors import ConfigError, DataError
 from sdtrain.records import Batch, Conditioning
+from sdtrain.samplers.ddpm import sample_ddpm
 from sdtrain.samplers.guidance import seeded_noise
 from sdtrain.samplers.settings import SamplerSettings
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
@@ -35,6 +36,12 @@ class FakeAutoencoder(nn.Module):
 
     def unscale(self, latents):
         return latents / FACTOR + SHIFT
+
+    def encode(self, images):
+        raise AssertionError("training on stored moments encodes nothing")
+
+    def kl(self, moments):
+        raise AssertionError("the posterior is not trained here")
 
     def decode(self, raw_latents):
         self.decoded_dtypes.append(raw_latents.dtype)
@@ -351,6 +358,23 @@ def test_an_image_depends_on_its_seed_and_condition_alone(sampler):
     torch.testing.assert_close(alone[0], together[1])
     assert torch.equal(task.sample(conditioning, [7, 8, 9], **options), together)
     assert not torch.allclose(together[0], task.sample(conditioning, [1, 8, 9], **options)[0])
+
+
+def test_every_step_has_noise_of_its_own():
+    task = make(gain=0.3)
+    conditioning = task.conditioner(torch.zeros(2, 4, dtype=torch.int64))
+    steps = []
+    options = {"num_steps": 5, "sampler": "ddpm", "guidance_scale": 1.0}
+    task.sample(conditioning, [7, 8], callback=lambda index, latents: steps.append(latents), **options)
+    expected = sample_ddpm(
+        lambda noised, timesteps: task.denoiser(noised, timesteps, conditioning),
+        seeded_noise([7, 8], LATENT_SHAPE, 0),
+        process=task.process,
+        num_steps=5,
+        steps_offset=1,
+        noise_fn=lambda index: seeded_noise([7, 8], LATENT_SHAPE, index + 1),
+    )
+    torch.testing.assert_close(steps[-1], expected)
 
 
 def test_guidance_is_one_forward_of_twice_the_batch():
