@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -95,7 +97,10 @@ def one_rank() -> Iterator[None]:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             patch.setenv(name, "to be removed")
             patch.delenv(name)
-        deepspeed = import_deepspeed()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch deprecates what torch's compiler imports
+            deepspeed = import_deepspeed()
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
         distributed.initialize(timeout_seconds=60)
         try:
             yield

@@ -46,7 +46,8 @@ class MasterPartitions:
         """
         if not hasattr(optimizer, "single_partition_of_fp32_groups"):
             raise CheckpointError(
-                f"{type(optimizer).__name__} holds no flat fp32 partitions: checkpoints and EMA need trainer.zero_stage 2"
+                f"{type(optimizer).__name__} holds no flat fp32 partitions: checkpoints and EMA need "
+                "trainer.zero_stage 2"
             )
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         groups = tuple(
@@ -74,6 +75,20 @@ class MasterPartitions:
                 self._optimizer.single_partition_of_fp32_groups, self.spans, strict=True
             )
         ]
+
+    def load(self, parameters: Mapping[str, Tensor]) -> None:
+        """Make whole parameters the master, each rank its own span of them; the working weights follow. Collective.
+
+        Args:
+            parameters: Every parameter of the layout by name, float32, the same on all ranks.
+        """
+        for master, group, (start, stop) in zip(self.masters(), self.layout.groups, self.spans, strict=True):
+            for slot in group.slots:
+                low, high = max(start, slot.offset), min(stop, slot.offset + slot.numel)
+                if low < high:
+                    whole = parameters[slot.name].flatten()
+                    master[low - start : high - start].copy_(whole[low - slot.offset : high - slot.offset])
+        self._optimizer.update_lp_params()
 
     def tensors(self, ema: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
         """Everything of this rank that a checkpoint holds, by the names of the checkpoint format."""

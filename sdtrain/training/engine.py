@@ -131,6 +131,9 @@ class Engine:
             eps=settings.eps,
             fused=True,
         )
+        originals = {}
+        if settings.precision != "fp32":  # DeepSpeed casts first and takes its master from what is left
+            originals = {name: one.detach().clone() for name, one in module.named_parameters() if one.requires_grad}
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -140,6 +143,8 @@ class Engine:
         self.module: nn.Module = self._engine.module
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.partitions = MasterPartitions.of(self._engine.optimizer, self.module)
+        if originals:
+            self.partitions.load(originals)
         self.ema = (
             None if settings.ema_decay is None else ShardedEma(self.partitions.masters(), decay=settings.ema_decay)
         )

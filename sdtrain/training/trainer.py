@@ -217,8 +217,8 @@ class Trainer:
         if self._skipped_in_a_row[name] >= self.settings.max_skipped_in_a_row:
             raise DivergedError(
                 f"{name}: gradients were not finite for {self._skipped_in_a_row[name]} updates in a row, the last one "
-                f"at step {self.step}. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or resume from an "
-                "older checkpoint."
+                f"at step {self.step}. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or resume from "
+                "an older checkpoint."
             )
 
     def _run(self, action: Event) -> None:

@@ -112,8 +112,8 @@ def test_the_third_failed_save_in_a_row_ends_the_run(tmp_path: Path, monkeypatch
         keeper.save(4)
     assert raised.value.exit_code == ExitCode.STORAGE == 8
     assert str(raised.value) == (
-        f"{tmp_path / 'checkpoints'}: 3 saves in a row failed (see the log). Free some space or repair the file system, "
-        "then start again: the newest committed checkpoint is intact."
+        f"{tmp_path / 'checkpoints'}: 3 saves in a row failed (see the log). Free some space or repair the file "
+        "system, then start again: the newest committed checkpoint is intact."
     )
     assert commits(tmp_path) == [("step-00000001", "a1", 0, 8, None)]
 

@@ -30,7 +30,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     old["denoiser"].module(torch.randn(8, 3))  # batch norm counts
     checkpoint = saved(tmp_path, old)
     new = {"denoiser": PlainEngine(), "judge": PlainEngine(nn.Linear(4, 1), has_ema=False)}
-    restore(checkpoint, new)  # type: ignore[arg-type]
+    restore(checkpoint, new)
     for name, applied in (("denoiser", 3), ("judge", 2)):
         found = new[name].restored
         assert found is not None
@@ -47,7 +47,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 def test_facts_name_steps_spans_and_layouts() -> None:
     engines = {"denoiser": PlainEngine(nn.Linear(3, 2)), "judge": PlainEngine(nn.Linear(1, 1), has_ema=False)}
     engines["denoiser"].applied_steps = 5
-    assert state_facts(engines) == {  # type: ignore[arg-type]
+    assert state_facts(engines) == {
         "applied_steps": {"denoiser": 5, "judge": 0},
         "layouts": {
             "denoiser": [[["weight", [2, 3], 0], ["bias", [2], 6]]],
@@ -61,7 +61,7 @@ def test_facts_name_steps_spans_and_layouts() -> None:
 
 def test_each_rank_writes_its_own_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
-    files = rank_files({"denoiser": PlainEngine()})  # type: ignore[dict-item]
+    files = rank_files({"denoiser": PlainEngine()})
     assert set(files) == {rank_file("denoiser", 3), rank_file("extra", 3)}
     names = {buffer_key("denoiser", f"1.{name}") for name in ("running_mean", "running_var", "num_batches_tracked")}
     assert set(files[rank_file("extra", 3)]) == names
@@ -70,17 +70,17 @@ def test_each_rank_writes_its_own_files(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_average_that_was_not_kept_cannot_be_resumed(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, {"denoiser": PlainEngine(has_ema=False)})
     with pytest.raises(CheckpointError) as raised:
-        restore(checkpoint, {"denoiser": PlainEngine()})  # type: ignore[dict-item]
+        restore(checkpoint, {"denoiser": PlainEngine()})
     assert str(raised.value) == (
-        f"{checkpoint.path}: holds no EMA of denoiser, but this run keeps one (section ema). Set `ema: null`, or start a "
-        "new run from these weights."
+        f"{checkpoint.path}: holds no EMA of denoiser, but this run keeps one (section ema). Set `ema: null`, or start "
+        "a new run from these weights."
     )
 
 
 def test_an_average_that_is_no_longer_kept_is_left_alone(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, {"denoiser": PlainEngine()})
     engine = PlainEngine(has_ema=False)
-    restore(checkpoint, {"denoiser": engine})  # type: ignore[dict-item]
+    restore(checkpoint, {"denoiser": engine})
     assert engine.restored is not None
     assert set(engine.restored[0]) == {"group0/master", "group0/exp_avg", "group0/exp_avg_sq"}
 
@@ -88,7 +88,7 @@ def test_an_average_that_is_no_longer_kept_is_left_alone(tmp_path: Path) -> None
 def test_other_trainables_are_refused(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, {"denoiser": PlainEngine()})
     with pytest.raises(CheckpointError) as raised:
-        restore(checkpoint, {"autoencoder": PlainEngine()})  # type: ignore[dict-item]
+        restore(checkpoint, {"autoencoder": PlainEngine()})
     assert str(raised.value) == f"{checkpoint.path}: holds ['denoiser'], this run trains ['autoencoder']"
     assert raised.value.exit_code == ExitCode.CHECKPOINT == 4
 
@@ -97,17 +97,17 @@ def test_another_network_is_refused_before_anything_is_loaded(tmp_path: Path) ->
     checkpoint = saved(tmp_path, {"denoiser": PlainEngine(nn.Linear(3, 2))})
     engine = PlainEngine(nn.Linear(4, 2))
     with pytest.raises(CheckpointError) as raised:
-        restore(checkpoint, {"denoiser": engine})  # type: ignore[dict-item]
+        restore(checkpoint, {"denoiser": engine})
     assert str(raised.value) == (
-        f"{checkpoint.path}: the parameters of denoiser are laid out differently, first ['bias', 'weight']. The network "
-        "or optimizer.weight_decay_on changed: start a new run from these weights instead of resuming."
+        f"{checkpoint.path}: the parameters of denoiser are laid out differently, first ['bias', 'weight']. The "
+        "network or optimizer.weight_decay_on changed: start a new run from these weights instead of resuming."
     )
     assert engine.restored is None
 
 
 def two_rank_checkpoint(folder: Path, engine: PlainEngine) -> Checkpoint:
     """As two ranks would have written it; rank r's batch-norm mean is r + 1."""
-    flat, facts = engine.state["master"], state_facts({"denoiser": engine})  # type: ignore[dict-item]
+    flat, facts = engine.state["master"], state_facts({"denoiser": engine})
     half = len(flat) // 2
     cuts = ((0, half), (half, len(flat)))
     folder.mkdir()
@@ -130,7 +130,7 @@ def test_buffers_are_a_rank_s_own_at_its_world_size_and_rank_0_s_at_another(
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     engine = PlainEngine()
-    restore(checkpoint, {"denoiser": engine})  # type: ignore[dict-item]
+    restore(checkpoint, {"denoiser": engine})
     assert set(dict(engine.module.named_buffers())["1.running_mean"].tolist()) == {expected}
 
 
@@ -138,6 +138,6 @@ def test_two_ranks_state_is_cut_anew_for_one(tmp_path: Path) -> None:
     old = PlainEngine()
     checkpoint = two_rank_checkpoint(tmp_path / "step-00000003", old)
     engine = PlainEngine()
-    restore(checkpoint, {"denoiser": engine})  # type: ignore[dict-item]
+    restore(checkpoint, {"denoiser": engine})
     assert engine.restored is not None
     assert all(torch.equal(engine.restored[0][key], value) for key, value in old.tensors().items())

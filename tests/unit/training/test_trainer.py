@@ -82,7 +82,7 @@ def make(
     values = {"log_every_steps": 2} | (settings or {})
     return Trainer(
         task=task or CountingTask(),
-        engines=engines,  # type: ignore[arg-type]
+        engines=engines,
         settings=TrainerSettings(
             max_steps=max_steps, batch_size=accumulation * MICRO, grad_accum_steps=accumulation, seed=3, **values
         ),

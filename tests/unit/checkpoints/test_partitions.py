@@ -1,0 +1,164 @@
+"""The door to DeepSpeed's internals: what it shows, and that what goes in comes out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sdtrain.checkpoints.partitions import MasterPartitions
+from sdtrain.checkpoints.recut import Layout, span
+from sdtrain.errors import CheckpointError, ExitCode
+from sdtrain.training.engine import Engine, EngineSettings
+from tests.engines import one_rank
+
+
+def test_an_optimiser_without_partitions_is_refused() -> None:
+    network = nn.Linear(2, 2)
+    with pytest.raises(CheckpointError) as raised:
+        MasterPartitions.of(torch.optim.AdamW(network.parameters()), network)
+    assert raised.value.exit_code == ExitCode.CHECKPOINT
+    assert str(raised.value) == "AdamW holds no flat fp32 partitions: checkpoints and EMA need trainer.zero_stage 2"
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[None]:
+    with one_rank():
+        yield
+
+
+@pytest.fixture(scope="module")
+def network(place: None) -> nn.Module:
+    """47 elements in matrices, so that a padded partition would show; a frozen layer that must not appear."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.GroupNorm(1, 5), nn.Flatten(), nn.Linear(5, 3, bias=False), nn.Linear(3, 3)
+    )
+    network[4].requires_grad_(False)
+    return network
+
+
+@pytest.fixture(scope="module")
+def engine(network: nn.Module) -> Engine:
+    """Two groups, bf16: matrices with weight decay, vectors without."""
+    settings = EngineSettings(micro_batch_size=2, grad_accum_steps=1, weight_decay_on="matrices", precision="bf16")
+    return Engine(network, settings)
+
+
+def train(engine: Engine, steps: int) -> None:
+    for step in range(steps):
+        inputs = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(step)).bfloat16()
+        engine.backward(engine.module(inputs).float().square().mean(1), torch.ones(2))
+        engine.step(1e-2)
+
+
+def by_name(engine: Engine, kind: str) -> dict[str, Tensor]:
+    """Whole parameters out of the flat vectors, by the layout."""
+    tensors, layout = engine.partitions.tensors(), engine.partitions.layout
+    return {
+        slot.name: tensors[f"group{index}/{kind}"][slot.offset : slot.offset + slot.numel].view(slot.shape)
+        for index, group in enumerate(layout.groups)
+        for slot in group.slots
+    }
+
+
+@pytest.mark.heavy
+def test_the_layout_names_every_trained_parameter_without_gaps(engine: Engine, network: nn.Module) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters() if parameter.requires_grad}
+    groups = engine.partitions.layout.groups
+    assert [[slot.name for slot in group.slots] for group in groups] == [
+        ["0.weight", "3.weight"],
+        ["0.bias", "1.weight", "1.bias"],
+    ]
+    assert {slot.name: slot.shape for group in groups for slot in group.slots} == shapes
+    assert [[slot.offset for slot in group.slots] for group in groups] == [[0, 135], [0, 5, 10]]
+    assert engine.partitions.spans == ((0, 150), (0, 15))
+    assert [len(master) for master in engine.partitions.masters()] == [150, 15]
+
+
+@pytest.mark.heavy
+def test_before_the_first_step_moments_are_zeros_and_the_master_is_the_network(
+    engine: Engine, network: nn.Module
+) -> None:
+    if engine.applied_steps:
+        pytest.fail("runs first in this module")
+    tensors = engine.partitions.tensors()
+    for index in (0, 1):
+        assert not tensors[f"group{index}/exp_avg"].any()
+        assert not tensors[f"group{index}/exp_avg_sq"].any()
+    for name, value in by_name(engine, "master").items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value.bfloat16(), network.get_parameter(name))
+
+
+def test_each_rank_loads_its_own_span_of_whole_parameters() -> None:
+    """A vector of 6 + 3 elements in three pieces of 4, 4 and 1 with 3 of padding."""
+    layout = Layout.of([{"weight": (2, 3), "bias": (3,)}])
+    whole = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.arange(6.0, 9.0)}
+    pieces = []
+    for rank in range(3):
+        refresh = Mock()
+        optimizer = SimpleNamespace(single_partition_of_fp32_groups=[torch.full((4,), -1.0)], update_lp_params=refresh)
+        partitions = MasterPartitions(optimizer, layout, (span(9, 4, rank),))
+        partitions.load(whole)
+        pieces.append(optimizer.single_partition_of_fp32_groups[0])
+        refresh.assert_called_once_with()
+    assert torch.cat(pieces).tolist() == [*map(float, range(9)), -1.0, -1.0, -1.0]
+
+
+@pytest.mark.heavy
+def test_master_and_moments_are_those_of_the_named_parameter(engine: Engine, network: nn.Module) -> None:
+    train(engine, 3)
+    masters, first, second = (by_name(engine, kind) for kind in ("master", "exp_avg", "exp_avg_sq"))
+    assert any(moment.any() for moment in first.values())
+    for name, master in masters.items():
+        assert torch.equal(master.bfloat16(), network.get_parameter(name))
+        assert {value.dtype for value in (master, first[name], second[name])} == {torch.float32}
+        assert (second[name] >= 0).all()
+
+
+@pytest.mark.heavy
+def test_what_is_saved_comes_back_and_reaches_the_working_weights(engine: Engine, network: nn.Module) -> None:
+    train(engine, 1)
+    saved = copy.deepcopy(engine.partitions.tensors())
+    working = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    train(engine, 3)
+    assert not torch.equal(network.get_parameter("0.weight"), working["0.weight"])
+    engine.partitions.restore(saved, applied_steps=2)
+    found = engine.partitions.tensors()
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    assert all(torch.equal(parameter, working[name]) for name, parameter in network.named_parameters())
+    states = engine._engine.optimizer.optimizer.state.values()
+    assert [float(state["step"]) for state in states] == [2.0, 2.0], "Adam's bias correction goes on from here"
+
+
+@pytest.mark.heavy
+def test_restoring_an_untrained_state_leaves_adam_fresh(place: None) -> None:
+    torch.manual_seed(1)
+    settings = EngineSettings(micro_batch_size=2, grad_accum_steps=1)
+    fresh = Engine(nn.Linear(3, 2), settings)
+    values = {f"group0/{kind}": torch.full((8,), 0.5) for kind in ("master", "exp_avg", "exp_avg_sq")}
+    fresh.partitions.restore(values, applied_steps=0)
+    assert not fresh.partitions.tensors()["group0/exp_avg"].any()
+    assert all((parameter == 0.5).all() for parameter in fresh.module.parameters())
+
+
+@pytest.mark.heavy
+def test_working_weights_swap_and_return_exactly_even_after_an_error(engine: Engine, network: nn.Module) -> None:
+    before = copy.deepcopy(engine.partitions.tensors())
+    working = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    replacement = [torch.full_like(master, 0.1) for master in engine.partitions.masters()]
+    with pytest.raises(ZeroDivisionError), engine.partitions.working_weights_from(replacement):
+        for parameter in (network.get_parameter("0.weight"), network.get_parameter("1.bias")):
+            assert (parameter == torch.tensor(0.1).bfloat16()).all()
+        raise ZeroDivisionError
+    after = engine.partitions.tensors()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(torch.equal(parameter, working[name]) for name, parameter in network.named_parameters())
+    train(engine, 1)  # the partitions still belong to the optimiser
+    assert not torch.equal(engine.partitions.tensors()["group0/master"], before["group0/master"])

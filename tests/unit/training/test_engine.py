@@ -1,0 +1,293 @@
+"""One trainable under ZeRO-2 on one rank: equal to plain AdamW, and exact about what was applied."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sdtrain.training.ema import decay_at
+from sdtrain.training.engine import Engine, EngineSettings, parameter_groups
+from tests.engines import one_rank
+
+BATCH, RATE = 4, 1e-2
+
+
+# Without DeepSpeed ----------------------------------------------------------------------------------------------------
+
+
+def test_deepspeed_is_told_the_whole_batch_and_everything_whose_default_has_moved() -> None:
+    page = EngineSettings(
+        micro_batch_size=4, grad_accum_steps=3, precision="bf16", gradient_clip_norm=None
+    ).deepspeed_config(8)
+    assert page["train_batch_size"] == 96
+    assert (page["train_micro_batch_size_per_gpu"], page["gradient_accumulation_steps"]) == (4, 3)
+    assert page["gradient_clipping"] == 0.0
+    assert page["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert page["fp16"]["enabled"] is False
+    assert page["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert page["zero_optimization"]["stage"] == 2
+
+
+def test_weight_decay_on_all_is_one_group() -> None:
+    network = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    (group,) = parameter_groups(network, 0.1, "all")
+    assert [id(one) for one in group["params"]] == [id(one) for one in network.parameters()]
+    assert group["weight_decay"] == 0.1
+
+
+def test_weight_decay_on_matrices_leaves_vectors_alone() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.GroupNorm(1, 2))
+    matrices, vectors = parameter_groups(network, 0.1, "matrices")
+    assert [id(one) for one in matrices["params"]] == [id(network[0].weight)]
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert len(vectors["params"]) == 3
+
+
+def test_groups_leave_out_what_is_frozen_and_what_would_be_empty() -> None:
+    network = nn.Linear(3, 2)
+    network.bias.requires_grad_(False)
+    assert [len(group["params"]) for group in parameter_groups(network, 0.1, "all")] == [1]
+    assert [len(group["params"]) for group in parameter_groups(network, 0.1, "matrices")] == [1]
+
+
+# With DeepSpeed -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[None]:
+    with one_rank():
+        yield
+
+
+def network(seed: int = 0, outputs: int = 2) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, outputs))
+
+
+def engine_of(module: nn.Module, **changes: object) -> Engine:
+    values: dict[str, object] = {"micro_batch_size": BATCH, "grad_accum_steps": 1, "gradient_clip_norm": 0.05}
+    return Engine(module, EngineSettings(**(values | changes)))
+
+
+def data(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, 5, generator=generator), torch.randn(BATCH, 2, generator=generator)
+
+
+def losses_of(module: nn.Module, step: int) -> Tensor:
+    inputs, wanted = data(step)
+    return (module(inputs.to(next(module.parameters()).dtype)).float() - wanted).square().mean(1)
+
+
+def update(engine: Engine, step: int, rate: float = RATE, factor: float = 1.0):
+    losses = losses_of(engine.module, step) * factor
+    engine.backward(losses, torch.ones(BATCH))
+    result = engine.step(rate)
+    assert result is not None
+    return result
+
+
+def flat(module: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().float().flatten() for parameter in module.parameters()])
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+def test_two_trainables_train_as_two_plain_adamws_would() -> None:
+    """An autoencoder and its judge: each loss reaches the parameters of both, each update moves one."""
+
+    def losses(coder: nn.Module, judge: nn.Module, name: str, step: int) -> Tensor:
+        inputs, _ = data(step)
+        made = coder(inputs)
+        if name == "coder":
+            return made.square().mean(1) - judge(made)[:, 0]
+        return judge(made)[:, 0] - judge(inputs[:, :2])[:, 0] + made.square().mean(1)
+
+    def judge_of() -> nn.Module:
+        torch.manual_seed(5)
+        return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    theirs = {"coder": network(), "judge": judge_of()}
+    mine = {"coder": network(), "judge": judge_of()}
+    start = {name: flat(module) for name, module in mine.items()}
+    engines = {name: engine_of(module) for name, module in mine.items()}
+    plain = {name: torch.optim.AdamW(parameter_groups(module, 0.01, "all"), lr=RATE) for name, module in theirs.items()}
+    for step in range(12):
+        for name, engine in engines.items():
+            other = next(one for one in engines if one != name)
+            with engine.alone([engines[other]]):
+                assert not any(parameter.requires_grad for parameter in mine[other].parameters())
+                engine.backward(losses(**mine, name=name, step=step), torch.ones(BATCH))
+                engine.step(RATE)
+            assert all(parameter.requires_grad for parameter in mine[other].parameters())
+            for optimizer in plain.values():
+                optimizer.zero_grad()
+            losses(**theirs, name=name, step=step).mean().backward()
+            nn.utils.clip_grad_norm_(theirs[name].parameters(), 0.05)
+            plain[name].step()
+    for name in mine:
+        assert (flat(theirs[name]) - start[name]).norm() > 0.1
+        assert (flat(mine[name]) - flat(theirs[name])).norm() / flat(theirs[name]).norm() < 1e-6
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+def test_the_others_thaw_when_a_loss_raises() -> None:
+    first, second = engine_of(network()), engine_of(network(1))
+    with pytest.raises(ZeroDivisionError), first.alone([second]):
+        raise ZeroDivisionError
+    assert all(parameter.requires_grad for parameter in second.module.parameters())
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_that_is_not_finite_moves_nothing(precision: str) -> None:
+    engine = engine_of(network(), precision=precision)
+    good = update(engine, 0)
+    assert good.applied and 0 < float(good.gradient_norm) < float("inf")
+    assert good.ema_decay == decay_at(1, 0.9999)
+    before = {name: tensor.clone() for name, tensor in engine.tensors().items()}
+    for factor in (float("nan"), float("inf")):
+        result = update(engine, 1, factor=factor)
+        assert (result.applied, result.gradient_norm, result.ema_decay) == (False, float("inf"), None)
+    assert engine.applied_steps == 1
+    assert engine._engine.global_steps == 3, "DeepSpeed counts skipped steps: the reason for a counter of our own"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.tensors().items())
+    assert update(engine, 2).applied
+    assert engine.applied_steps == 2
+    assert not torch.equal(engine.tensors()["group0/master"], before["group0/master"])
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+def test_accumulation_steps_at_its_boundary_and_a_tombstone_takes_its_own_share_away() -> None:
+    engine, reference = engine_of(network(), micro_batch_size=2, grad_accum_steps=2), network()
+    weights = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    losses = losses_of(engine.module, 0)
+    engine.backward(losses[:2], weights[:2])
+    assert engine.step(RATE) is None
+    engine.backward(losses_of(engine.module, 0)[2:], weights[2:])
+    result = engine.step(RATE)
+    (losses_of(reference, 0) * weights).sum().div(BATCH).backward()
+    expected = nn.utils.clip_grad_norm_(reference.parameters(), 1e9)
+    assert result is not None
+    assert float(result.gradient_norm) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+def test_bf16_works_on_copies_of_an_fp32_master_and_averages_the_master() -> None:
+    engine = engine_of(network(), precision="bf16", ema_decay=0.9)
+    (expected,) = [master.double() for master in engine.partitions.masters()]
+    assert torch.equal(expected.float(), flat(network())), "the master starts from the weights, not from their rounding"
+    for step in range(1, 21):
+        update(engine, step, rate=1e-4)
+        (master,) = engine.partitions.masters()
+        assert master.dtype == torch.float32
+        decay = decay_at(step, 0.9)
+        expected = decay * expected + (1 - decay) * master.double()
+    assert {parameter.dtype for parameter in engine.module.parameters()} == {torch.bfloat16}
+    assert torch.equal(flat(engine.module), master.bfloat16().float())
+    assert not torch.equal(flat(engine.module), master), "the master must hold what bf16 cannot"
+    (average,) = engine.ema.shards
+    assert average.dtype == torch.float32
+    assert (average - expected).norm() / expected.norm() < 1e-6
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluating_on_the_average_leaves_no_trace(precision: str) -> None:
+    engine = engine_of(network(), precision=precision, ema_decay=0.9)
+    for step in range(3):
+        update(engine, step)
+    trained, (average,) = flat(engine.module), engine.ema.shards
+    state = {name: tensor.clone() for name, tensor in engine.tensors().items()}
+    with pytest.raises(ZeroDivisionError), engine.ema_weights():
+        dtype = next(engine.module.parameters()).dtype
+        assert torch.equal(flat(engine.module), average.to(dtype).float())
+        assert not torch.equal(flat(engine.module), trained)
+        raise ZeroDivisionError
+    assert torch.equal(flat(engine.module), trained)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in engine.tensors().items())
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+def test_without_an_average_evaluation_sees_the_weights_themselves() -> None:
+    engine = engine_of(network(), ema_decay=None)
+    result = update(engine, 0)
+    trained = flat(engine.module)
+    with engine.ema_weights():
+        assert torch.equal(flat(engine.module), trained)
+    assert (engine.ema, result.ema_decay) == (None, None)
+    assert set(engine.tensors()) == {"group0/master", "group0/exp_avg", "group0/exp_avg_sq"}
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_restored_engine_goes_on_bit_by_bit(precision: str) -> None:
+    settings = {"precision": precision, "weight_decay_on": "matrices", "ema_decay": 0.9}
+    whole = engine_of(network(), **settings)
+    for step in range(3):
+        update(whole, step, factor=float("nan") if step == 1 else 1.0)
+    saved = copy.deepcopy(whole.tensors())
+    again = engine_of(network(seed=9), **settings)
+    again.restore(saved, applied_steps=whole.applied_steps, scaler=whole.scaler_state())
+    assert again.applied_steps == 2
+    assert torch.equal(flat(again.module), flat(whole.module))
+    for step in range(3, 6):
+        one, other = update(whole, step), update(again, step)
+        assert (float(one.gradient_norm), one.ema_decay) == (float(other.gradient_norm), other.ema_decay)
+    mine, theirs = again.tensors(), whole.tensors()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+def test_only_fp16_scales_its_losses() -> None:
+    for precision in ("fp32", "bf16"):
+        engine = engine_of(network(), precision=precision)
+        assert (engine.scaler_state(), engine.loss_scale) == ({}, 1.0)
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+def test_the_fp16_loss_scale_is_part_of_the_state() -> None:
+    """On DeepSpeed's real scaler beside an fp32 engine, since it trains in fp16 on accelerators only."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    def engine_with_scaler() -> Engine:
+        engine = engine_of(network())
+        engine.settings = replace(engine.settings, precision="fp16")
+        optimizer = engine._engine.optimizer
+        optimizer.loss_scaler = DynamicLossScaler(
+            init_scale=2.0**16, scale_window=4, min_scale=1, delayed_shift=1, consecutive_hysteresis=False,
+            raise_error_at_min_scale=True,
+        )  # fmt: skip
+        return engine
+
+    def scales(engine: Engine, overflows: list[bool]) -> list[float]:
+        seen = []
+        for overflow in overflows:
+            engine._engine.optimizer.loss_scaler.update_scale(overflow)
+            seen.append(engine._engine.optimizer.loss_scaler.loss_scale)
+        return seen
+
+    whole, again = engine_with_scaler(), engine_with_scaler()
+    scales(whole, [False, True, False, True, False])
+    state = whole.scaler_state()
+    assert state["cur_scale"] == 2.0**14
+    assert set(state) == {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
+    again.restore(copy.deepcopy(whole.tensors()), applied_steps=3, scaler=state)
+    assert again.scaler_state() == state
+    assert type(again._engine.optimizer.loss_scaler.cur_iter) is int
+    assert scales(again, [False] * 9) == scales(whole, [False] * 9)
