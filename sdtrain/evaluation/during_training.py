@@ -47,7 +47,8 @@ def validate(config: TrainingConfig, task: Task, manifest: Manifest) -> dict[str
             columns.setdefault(name, []).append(values[read].detach().cpu().double())
     loader.close()
     gathered = distributed.gather_objects({name: torch.cat(parts) for name, parts in columns.items()})
-    joined = {name: torch.cat([rank[name] for rank in gathered if name in rank]) for name in gathered[0]}
+    names = dict.fromkeys(name for rank in gathered for name in rank)  # a rank without samples knows no names
+    joined = {name: torch.cat([rank[name] for rank in gathered if name in rank]) for name in names}
     return _means(joined, config, settings.timestep_bins)
 
 
