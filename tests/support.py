@@ -19,7 +19,9 @@ from sdtrain.data.shard import ShardWriter
 CAPTIONS = ("a red square", "a blue circle", "two green lines", "a small dog on grass")
 
 
-def make_latent_manifest(folder: Path, *, train: int = 48, validation: int = 16, size: int = 8, channels: int = 4) -> Path:
+def make_latent_manifest(
+    folder: Path, *, train: int = 48, validation: int = 16, size: int = 8, channels: int = 4
+) -> Path:
     """Shards of random moments and real tokens in the real format; returns the manifest's path."""
     tokenizer = build_tokenizer(77)
     entries = []
@@ -46,7 +48,13 @@ def tiny_page(folder: Path, manifest: Path, **sections: dict[str, Any]) -> Path:
         "run_dir": str(folder / "run"),
         "seed": 7,
         "task": {"type": "latent_diffusion", "condition_dropout": 0.1},
-        "data": {"manifest": str(manifest), "batch_size": 8, "micro_batch_size": 2, "num_workers": 0, "window_shards": 2},
+        "data": {
+            "manifest": str(manifest),
+            "batch_size": 8,
+            "micro_batch_size": 2,
+            "num_workers": 0,
+            "window_shards": 2,
+        },
         "autoencoder": {"type": "kl", "preset": "tiny"},
         "denoiser": {
             "type": "unet",

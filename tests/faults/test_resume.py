@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -107,7 +108,7 @@ def test_two_ranks_then_one_then_two_see_the_same_samples_once(world: Path, whol
     spans = [(row["first_position"], row["last_position"]) for row in commits]
     assert spans[0][0] == 0
     assert spans[-1][1] == STEPS * 8
-    assert all(left[1] == right[0] for left, right in zip(spans, spans[1:], strict=False)), "exactly once"
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(spans)), "exactly once"
     mine, theirs = losses(run), losses(whole)
     assert mine.keys() == theirs.keys()
     assert all(abs(mine[step] - theirs[step]) <= 1e-4 * abs(theirs[step]) for step in theirs)
