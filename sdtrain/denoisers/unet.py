@@ -102,7 +102,7 @@ class UNet(nn.Module):
             feed_forward=feed_forward,
             normalize_context=cross_attention_norm == "layer_norm",
         )
-        self._arch = {
+        self.arch = {
             "in_channels": in_channels,
             "out_channels": out_channels,
             "channels": list(channels),
@@ -187,7 +187,7 @@ class UNet(nn.Module):
 
     def diffusers_config(self) -> dict[str, Any]:
         """The content of `config.json` beside this network's weights, under diffusers' keys."""
-        return to_diffusers(self._arch)
+        return to_diffusers(self.arch)
 
     @classmethod
     def from_diffusers_config(cls, config: Mapping[str, Any]) -> UNet:
