@@ -1,4 +1,4 @@
-# docker build -t sdtrain . && docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" -w /work sdtrain sdtrain --help
+# docker build -t sdtrain . && docker run --rm --gpus all --shm-size 8g -v "$PWD:/project" -w /project sdtrain sdtrain --help
 FROM python:3.11-slim
 
 # A compiler, for torch.compile's kernels and DeepSpeed's operators; git, for the commit that a run writes down.
