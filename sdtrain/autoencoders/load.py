@@ -58,12 +58,13 @@ def autoencoder_facts(source: str) -> dict[str, Any]:
     if not weights.is_file():
         raise ConfigError(f"{weights}: missing; an autoencoder needs a folder with safetensors weights")
     stat = weights.stat()
+    channels = config.get("block_out_channels") or config["channels"]  # diffusers' word, and our own class's
     return {
         "weights_sha256": _digest(weights, stat.st_size, stat.st_mtime_ns),
         "scaling_factor": config.get("scaling_factor", 0.18215),
         "shift_factor": config.get("shift_factor") or 0.0,
         "latent_channels": config.get("latent_channels", 4),
-        "downsample_factor": 2 ** (len(config["block_out_channels"]) - 1),
+        "downsample_factor": 2 ** (len(channels) - 1),
     }
 
 
