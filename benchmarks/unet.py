@@ -105,6 +105,7 @@ def main() -> None:
     if device.type == "cuda":
         ours.to(memory_format=torch.channels_last)
     if arguments.compile:
+        torch._dynamo.config.recompile_limit = 64  # a UNet's blocks have some 15 shapes
         for block in ours.repeated_blocks():
             block.compile()
         theirs.compile()

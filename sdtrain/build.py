@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, assert_never
 
+import torch
+
 from sdtrain.autoencoders import kl
 from sdtrain.autoencoders.load import autoencoder_facts, load_autoencoder
 from sdtrain.conditioners.none import NoConditioner
@@ -142,6 +144,7 @@ def prepare(network: unet.UNet, config: TrainingConfig) -> None:
     trainer = config.trainer
     network.set_gradient_checkpointing(trainer.gradient_checkpointing)
     if trainer.compile:
+        torch._dynamo.config.recompile_limit = 64  # a UNet's blocks have some 15 shapes; at 8 the rest runs eagerly
         for block in network.repeated_blocks():
             block.compile()
 

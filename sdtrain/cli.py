@@ -127,7 +127,7 @@ def evaluate(
     typer.echo(output.read_text(encoding="utf-8"), nl=False)
 
 
-@app.command(epilog="Example: sdtrain report runs/sd15 --output report.html --funnel data/laion/funnel.json")
+@app.command(epilog="Example: sdtrain report runs/sd15 --output report.html --funnel data/laion/02-filter/funnel.json")
 def report(
     runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN", help="Run folders.")] = None,
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),

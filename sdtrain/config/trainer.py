@@ -23,7 +23,6 @@ class TrainerConfig(Section):
         overlap_comm: Reduce gradients while the backward goes on.
         log_every_steps: Steps between two rows of metrics.jsonl.
         timeout_seconds: How long a rank waits for its peers before the run counts as hung.
-        channels_last: NHWC memory layout, which tensor cores prefer; pays together with `compile`.
     """
 
     max_steps: PositiveInt | None = None
@@ -36,4 +35,3 @@ class TrainerConfig(Section):
     overlap_comm: bool = False
     log_every_steps: PositiveInt = 10
     timeout_seconds: PositiveFloat = 1800.0
-    channels_last: bool = False
