@@ -46,7 +46,11 @@ def build_autoencoder(config: AutoencoderConfig) -> kl.AutoencoderKL:
         if config.scaling_factor is not None:
             autoencoder.scaling_factor = config.scaling_factor
         return autoencoder
-    kwargs: dict[str, Any] = dict(kl.PRESETS[config.preset]) if config.preset else config.arch.model_dump()  # type: ignore[union-attr]
+    if config.preset is not None:
+        kwargs: dict[str, Any] = dict(kl.PRESETS[config.preset])
+    else:
+        assert config.arch is not None, "the page's rules ask for weights, preset or arch"
+        kwargs = config.arch.model_dump()
     if config.scaling_factor is not None or "scaling_factor" not in kwargs:
         kwargs["scaling_factor"] = config.scaling_factor or 1.0
     return kl.AutoencoderKL(**kwargs)
@@ -56,8 +60,10 @@ def build_denoiser(config: DenoiserConfig) -> unet.UNet:
     """The denoiser that the page names, with fresh weights unless it names some."""
     if config.weights is not None:
         return load_unet(config.weights)
-    kwargs = unet.PRESETS[config.preset] if config.preset else config.arch.model_dump()  # type: ignore[union-attr]
-    return unet.UNet(**kwargs)
+    if config.preset is not None:
+        return unet.UNet(**unet.PRESETS[config.preset])
+    assert config.arch is not None, "the page's rules ask for weights, preset or arch"
+    return unet.UNet(**config.arch.model_dump())
 
 
 def build_conditioner(config: ConditionerConfig, *, seed: int = 0) -> ClipTextConditioner | NoConditioner:
