@@ -34,6 +34,7 @@ from sdtrain.run_dir import RunDir, read_json_lines, write_atomically
 CONFIGS = Path("configs/digits")
 DEMO = Path("demo")
 MARKER = DEMO / ".made-by-make-demo"
+USUAL_PORT = 8123
 NUM_PROMPTS = 280
 KILL_AFTER_STEP = 330
 NEEDED_DIGIT_ACCURACY = 0.88
@@ -67,10 +68,14 @@ class Stopwatch:
         return [str(Path(sys.executable).with_name(command[0])), *command[1:]]
 
 
-def free_port() -> int:
-    """A loopback port that was free a moment ago."""
+def choose_port() -> int:
+    """The usual port, so that every demo sees the same URLs and thus the same samples; a free one if it is taken."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        try:
+            probe.bind(("127.0.0.1", USUAL_PORT))
+        except OSError:
+            print(f"port {USUAL_PORT} is taken: another one gives other sample keys, and so another order of samples")
+            probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
@@ -153,7 +158,7 @@ def choose_prompts(world: dict[str, Any]) -> list[str]:
 def run_demo() -> ExitCode:
     """Metadata to samples; returns DONE if the accuracies are reached."""
     watch = Stopwatch()
-    port = free_port()
+    port = choose_port()
     data = ["sdtrain-data", "run", str(CONFIGS / "data.yaml"), f"download.allowed_ports=[{port}]"]
     with watch.phase("metadata, filter, dedup, download"), digits_server(watch, port):
         watch.run(*data, "--until", "images")
