@@ -66,7 +66,7 @@ def train(
     from sdtrain.training.run import train as run
 
     hooks = Hooks(validate=during_training.validate, sample=during_training.sample, finish=export_weights)
-    raise typer.Exit(int(run(page, resume=start, hooks=hooks)))
+    run(page, resume=start, hooks=hooks)
 
 
 @app.command(epilog="Example: sdtrain sample configs/sd15/tiny/sample.yaml guidance_scale=3 seed=7")

@@ -119,7 +119,6 @@ def sdtrain(*arguments: object) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "initialize", lambda timeout_seconds: None)
-        patch.setattr(distributed, "shutdown", lambda: None)
         patch.setattr(os, "_exit", leave)
         with pytest.raises(SystemExit) as left:
             cli.main([str(argument) for argument in arguments])

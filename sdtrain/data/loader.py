@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -105,7 +105,7 @@ def train_loader(
     rank: int,
     num_workers: int,
     prefetch: int,
-) -> Iterator[tuple[int, int, Batch]]:
+) -> Generator[tuple[int, int, Batch]]:
     """This rank's micro-batches from `start_step` up to, and without, `max_steps`.
 
     Step s takes the positions [s * batch_size, (s + 1) * batch_size) of the order; nothing else is carried over, so a
@@ -147,7 +147,7 @@ def train_loader(
 
     loader = _data_loader(dataset, plan, num_workers=num_workers, prefetch=prefetch, persistent=False)
 
-    def batches() -> Iterator[tuple[int, int, Batch]]:
+    def batches() -> Generator[tuple[int, int, Batch]]:
         for (step, micro), plain in zip(places(), loader, strict=True):
             yield step, micro, _as_batch(plain)
 

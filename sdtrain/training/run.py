@@ -6,11 +6,11 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -22,13 +22,13 @@ from sdtrain.data.loader import train_loader
 from sdtrain.data.manifest import Manifest
 from sdtrain.data.plan import ORDER_VERSION
 from sdtrain.errors import ExitCode
-from sdtrain.records import Task
+from sdtrain.records import Batch, Task
 from sdtrain.run_dir import RunDir, write_atomically
 from sdtrain.training import environment
 from sdtrain.training.engine import DTYPES, Engine, EngineSettings
 from sdtrain.training.keeper import CheckpointKeeper
 from sdtrain.training.lr_schedule import learning_rate_at
-from sdtrain.training.metrics import MetricsLog, Throughput, last_logged_step
+from sdtrain.training.metrics import MetricsLog, Throughput
 from sdtrain.training.outcome import leave_broken, leave_together
 from sdtrain.training.preemption import Preemption, Request
 from sdtrain.training.progress import Progress
@@ -56,12 +56,11 @@ class Hooks:
     finish: Callable[[TrainingConfig, RunDir], None] | None = None
 
 
-def train(config: TrainingConfig, *, resume: Resume = "auto", hooks: Hooks | None = None) -> ExitCode:
-    """Run one attempt and leave its outcome in the run folder; called on every rank.
+def train(config: TrainingConfig, *, resume: Resume = "auto", hooks: Hooks | None = None) -> NoReturn:
+    """Run one attempt, leave its outcome in the run folder and end the process; called on every rank.
 
-    Returns:
-        DONE for a complete or deliberately stopped run, REQUEUE where the scheduler wants the node back.
-        Any error ends the process with its own code, after `exit.json` was written.
+    The process's exit code is DONE for a complete or deliberately stopped run, REQUEUE where the scheduler wants the
+    node back, and an error's own code otherwise.
     """
     distributed.initialize(timeout_seconds=config.trainer.timeout_seconds)
     folder = RunDir(config.resolved_run_dir)
@@ -72,14 +71,12 @@ def train(config: TrainingConfig, *, resume: Resume = "auto", hooks: Hooks | Non
         leave_together(folder, attempt, code, reason, run.step)
     except BaseException as error:
         code = leave_broken(folder, attempt, error, run.step)
-        run.close()
-        # Other ranks may wait in a collective that this one never joins: leave without the farewells of torch.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(int(code))
     run.close()
-    distributed.shutdown()
-    return code
+    # No farewells of interpreter and torch: after an error other ranks may wait in a collective that this one never
+    # joins, and the threads of process groups that DeepSpeed keeps can abort a finished process while it is torn down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(code))
 
 
 @contextmanager
@@ -102,6 +99,7 @@ class Attempt:
         self.preemption = Preemption(folder.path, watch_files=distributed.ranks().is_main)
         self.reporter: Reporter | None = None
         self.trainer: Trainer | None = None
+        self.batches: Generator[tuple[int, int, Batch]] | None = None
 
     @property
     def step(self) -> int:
@@ -138,8 +136,10 @@ class Attempt:
         return self._verdict(complete)
 
     def close(self) -> None:
-        """Give signals and terminal back."""
+        """Give signals and terminal back and end the data workers."""
         self.preemption.uninstall()
+        if self.batches is not None:
+            self.batches.close()
         if self.reporter is not None:
             self.reporter.close()
 
@@ -218,22 +218,11 @@ class Attempt:
         config, main = self.config, distributed.ranks().is_main
         return Reporter(
             metrics=MetricsLog(self.folder, attempt=self.attempt, resumed_step=start) if main else None,
-            tracker=self._tracker() if main else None,
+            tracker=Tracker.start(self.folder, config) if main else None,
             progress=Progress(total_steps=max_steps, start_step=start) if main else None,
             throughput=Throughput(),
             max_steps=max_steps,
             batch_size=config.data.batch_size,
-        )
-
-    def _tracker(self) -> Tracker:
-        config = self.config
-        return Tracker(
-            self.folder,
-            project=config.tracking.project,
-            name=config.name or self.folder.path.name,
-            mode=config.tracking.mode,
-            config=config.model_dump(mode="json"),
-            logged_until=last_logged_step(self.folder.metrics),
         )
 
     def _trainer(
@@ -248,7 +237,7 @@ class Attempt:
     ) -> Trainer:
         config, place = self.config, distributed.ranks()
         assert self.reporter is not None
-        batches = train_loader(
+        self.batches = train_loader(
             build.build_dataset(config, manifest, task.draws),
             start_step=start,
             max_steps=max_steps,
@@ -270,7 +259,7 @@ class Attempt:
                 log_every_steps=config.trainer.log_every_steps,
                 max_bad_fraction=config.data.max_bad_fraction,
             ),
-            batches=batches,
+            batches=self.batches,
             learning_rate=lambda name, applied: self._learning_rate(task, name, applied, max_steps),
             start_step=start,
             events=self._events(task, manifest, engines, keeper),

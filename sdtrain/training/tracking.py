@@ -100,7 +100,7 @@ class Tracker:
         return cls(
             run_dir,
             project=config.tracking.project,
-            name=config.resolved_run_dir.name,
+            name=config.name or config.resolved_run_dir.name,
             mode=config.tracking.mode,
             config=config.model_dump(mode="json"),
             logged_until=last_logged_step(run_dir.metrics),

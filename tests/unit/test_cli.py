@@ -50,7 +50,7 @@ def provide(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
     monkeypatch.setattr(importlib.import_module(package), last, module, raising=False)
 
 
-def provide_training(monkeypatch: pytest.MonkeyPatch, train: Callable[..., ExitCode]) -> None:
+def provide_training(monkeypatch: pytest.MonkeyPatch, train: Callable[..., None]) -> None:
     """A stand-in for the trainer and for everything that it is handed."""
     provide(monkeypatch, "sdtrain.training.run", train=train, Hooks=SimpleNamespace)
     provide(monkeypatch, "sdtrain.evaluation.during_training", validate="validate", sample="sample")
@@ -62,9 +62,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, Any]]:
     """What `train` was called with."""
     calls: list[tuple[Any, Any, Any]] = []
 
-    def train(config: Any, *, resume: Any, hooks: Any) -> ExitCode:
+    def train(config: Any, *, resume: Any, hooks: Any) -> None:
         calls.append((config, resume, hooks))
-        return ExitCode.DONE
 
     provide_training(monkeypatch, train)
     return calls
@@ -182,11 +181,6 @@ def test_train_hands_over_page_overrides_resume_and_hooks(trained: list[tuple[An
     ]
     for _, _, hooks in trained:
         assert vars(hooks) == {"validate": "validate", "sample": "sample", "finish": "export"}
-
-
-def test_train_exits_with_the_code_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    provide_training(monkeypatch, lambda *_, **__: ExitCode.REQUEUE)
-    assert call("train", TRAIN) == 85
 
 
 def test_resume_from_nowhere_is_a_config_error(
