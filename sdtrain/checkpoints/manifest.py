@@ -28,6 +28,11 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(name: str) -> int:
+    """The step of a committed folder's name."""
+    return int(name.removeprefix("step-"))
+
+
 def rank_file(part: str, rank: int) -> str:
     """Name of the file that `rank` writes for `part`: a trainable's name, or `extra`."""
     return f"{part}.rank{rank:05d}.safetensors"
@@ -113,6 +118,11 @@ class Checkpoint:
         return tuple(self.manifest.get("layouts", {}))
 
     @property
+    def figures(self) -> Mapping[str, float]:
+        """What validation measured at this step, by name (`validation/loss`); empty where it did not run."""
+        return self.manifest.get("figures", {})
+
+    @property
     def marked_corrupt(self) -> bool:
         """Whether an earlier start found it damaged."""
         return (self.path / CORRUPT).exists()
@@ -128,10 +138,6 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     if not folder.is_dir():
         return []
     names = sorted(
-        (path.name for path in folder.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()), key=_step
+        (path.name for path in folder.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()), key=step_of
     )
     return [Checkpoint.open(folder / name) for name in reversed(names)]
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("step-"))

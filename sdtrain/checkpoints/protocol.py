@@ -12,8 +12,8 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,21 +29,29 @@ from sdtrain.checkpoints.manifest import (
     folder_name,
     list_checkpoints,
     seal,
+    step_of,
 )
-from sdtrain.checkpoints.rankfile import Written, digest_file, tensor_bytes, write_tensors, write_text
-from sdtrain.checkpoints.recut import coverage_problems
+from sdtrain.checkpoints.rankfile import Written, tensor_bytes, write_tensors, write_text
+from sdtrain.checkpoints.verify import verify, verify_together
 from sdtrain.errors import CheckpointError, ConfigError
 from sdtrain.run_dir import sync_folder, write_atomically
 
 __all__ = [
     "CHECKPOINT_STAGES",
+    "Begun",
     "Checkpoint",
     "RankFile",
+    "Report",
+    "begin",
     "commit",
+    "compose",
     "find",
     "list_checkpoints",
+    "publish",
+    "putter",
     "sweep",
     "verify",
+    "write",
 ]
 
 RankFile = Mapping[str, Tensor]
@@ -58,12 +66,50 @@ SPARE_BYTES = 256 * 2**10
 log = logging.getLogger(__name__)
 
 
+Put = Callable[[Path], Mapping[str, Written]]
+"""Puts this rank's files into a folder and returns what it wrote by name."""
+
+
 @dataclass(frozen=True, slots=True)
-class _Report:
-    """What one rank tells the others after it wrote; an empty problem means that all its bytes are on the disk."""
+class Begun:
+    """A commit that all ranks have begun together.
+
+    Attributes:
+        final: `step-N`, the name that it will have.
+        attempt: Unique name of this start of the run.
+        temporary: Where every rank writes; None where there is nothing to write, because `standing` or because the
+            commit is abandoned already.
+        standing: Whether a valid checkpoint stands under the final name (a step replayed after a resume).
+        tell: Is told every stage.
+        began: `time.monotonic()` of the beginning.
+    """
+
+    final: Path
+    attempt: str
+    temporary: Path | None
+    standing: bool = False
+    tell: Callable[[str], None] = field(default=lambda stage: None, repr=False)
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def step(self) -> int:
+        """Optimiser step."""
+        return step_of(self.final.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one rank tells the others after it wrote.
+
+    Attributes:
+        problem: Why it failed; empty means that all its bytes are on the disk.
+        files: What it wrote, by name.
+        seconds: How long writing took.
+    """
 
     problem: str = ""
     files: Mapping[str, Written] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def commit(
@@ -78,6 +124,8 @@ def commit(
 ) -> Path | None:
     """Write a checkpoint on all ranks together, or leave everything as it was; collective.
 
+    It is `begin`, `write` and `publish` in a row; `saver.Saver` lets training go on during `write`.
+
     Args:
         folder: The run's `checkpoints` folder, on a file system that all ranks share.
         step: Optimiser step.
@@ -91,52 +139,148 @@ def commit(
     Returns:
         The committed folder on every rank; None, with the reason logged, where any rank failed.
     """
-    tell = on_stage or _tell_nobody
-    began = time.monotonic()
+    begun = begin(
+        folder,
+        step=step,
+        attempt=attempt,
+        num_bytes=sum(map(tensor_bytes, files.values())),
+        num_files=len(files),
+        on_stage=on_stage,
+    )
+    report = write(begun, putter(files, texts or {}, begun.tell))
+    return publish(begun, report, partial(compose, begun, facts))
+
+
+def begin(
+    folder: Path,
+    *,
+    step: int,
+    attempt: str,
+    num_bytes: int,
+    num_files: int,
+    on_stage: Callable[[str], None] | None = None,
+) -> Begun:
+    """Look for room and agree on a temporary folder; collective.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        step: Optimiser step.
+        attempt: Unique name of this start of the run, the same on every rank.
+        num_bytes: What this rank is about to write.
+        num_files: In how many files.
+        on_stage: Called with each of `CHECKPOINT_STAGES` (fault tests).
+    """
+    tell = on_stage or (lambda stage: None)
+    over = Begun(folder / folder_name(step), attempt, None, tell=tell)
     tell("begin")
-    standing, existing_problems = _standing(folder / folder_name(step))
+    standing, existing_problems = _standing(over.final)
     if standing is not None and not existing_problems:
         log.info("%s stands already and verifies: kept", standing.path)
         _point_latest_at(standing.path)
         distributed.barrier()
-        return standing.path
-    problem = _space_problem(folder, files)
-    temporary = None if problem else distributed.broadcast_object(_make_temporary(folder, step, attempt))
+        return replace(over, standing=True)
+    problem = _space_problem(folder, num_bytes, num_files)
+    temporary = None if problem else distributed.broadcast_object(_make_temporary(over.final, attempt))
     if temporary is None or problem:
-        return _abandon(None, step, [problem or f"rank 0 cannot make a folder in {folder}"])
+        _abandon(over, [problem or f"rank 0 cannot make a folder in {folder}"])
+        return over
     tell("folder")
-    reports = distributed.gather_objects(_write_rank(temporary, files, texts or {}, tell))
+    return replace(over, temporary=temporary)
+
+
+def write(begun: Begun, put: Put) -> Report:
+    """Write this rank's files and wait for the disk; asks no other rank, so any thread may do it.
+
+    Whatever goes wrong becomes a report that the others read.
+    """
+    if begun.temporary is None:
+        return Report()
+    started = time.monotonic()
+    try:
+        begun.temporary.mkdir(exist_ok=True)  # a network file system may not show rank 0's folder yet
+        written = put(begun.temporary)
+        sync_folder(begun.temporary)
+        begun.tell("written")
+    except Exception as error:
+        log.exception("this rank's part of %s failed", begun.temporary.name)
+        return Report(f"{type(error).__name__}: {error}")
+    return Report("", written, time.monotonic() - started)
+
+
+def publish(begun: Begun, report: Report, compose: Callable[[Sequence[Report]], Mapping[str, Any]]) -> Path | None:
+    """Commit what all ranks have written, or remove it; collective.
+
+    Args:
+        begun: From `begin`.
+        report: This rank's, from `write`.
+        compose: All reports in rank order -> content of the manifest; asked on rank 0.
+
+    Returns:
+        The committed folder on every rank; None, with the reason logged, where any rank failed.
+    """
+    if begun.temporary is None:
+        return begun.final if begun.standing else None
+    reports = distributed.gather_objects(report)
     problems = [f"rank {rank}: {report.problem}" for rank, report in enumerate(reports) if report.problem]
     problems += _collisions(reports)
     if problems:
-        return _abandon(temporary, step, problems)
-    tell("agreed")
-    publish = partial(_publish, temporary, folder / folder_name(step), attempt, tell)
+        return _abandon(begun, problems)
+    begun.tell("agreed")
     problem = distributed.broadcast_object(
-        publish(_manifest(step, attempt, reports, facts)) if distributed.ranks().is_main else ""
+        _publish(begun, begun.temporary, compose(reports)) if distributed.ranks().is_main else ""
     )
     if problem:
-        return _abandon(temporary, step, [problem])
+        return _abandon(begun, [problem])
     distributed.barrier()
-    tell("done")
-    _log_commit(folder / folder_name(step), reports, time.monotonic() - began)
-    return folder / folder_name(step)
+    begun.tell("done")
+    _log_commit(begun, reports)
+    return begun.final
 
 
-def _tell_nobody(stage: str) -> None:
-    """Stand in for `on_stage`."""
+def putter(files: Mapping[str, RankFile], texts: Mapping[str, str], tell: Callable[[str], None]) -> Put:
+    """Puts tensors, and on rank 0 texts, into a folder."""
+
+    def put(folder: Path) -> Mapping[str, Written]:
+        written = {
+            name: write_tensors(folder / name, tensors, after_header=partial(tell, "writing"))
+            for name, tensors in files.items()
+        }
+        if distributed.ranks().is_main:
+            written |= {name: write_text(folder / name, text) for name, text in texts.items()}
+        return written
+
+    return put
+
+
+def compose(begun: Begun, facts: Mapping[str, Any], reports: Sequence[Report]) -> dict[str, Any]:
+    """The manifest of freshly written files; `facts` cannot overrule what the protocol knows itself."""
+    entries = {
+        name: {**asdict(written), "rank": rank}
+        for rank, report in enumerate(reports)
+        for name, written in report.files.items()
+    }
+    return {
+        **facts,
+        "format": 1,
+        "step": begun.step,
+        "attempt": begun.attempt,
+        "world_size": len(reports),
+        "files": entries,
+        "write_seconds": round(max(report.seconds for report in reports), 3),
+        "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def _standing(path: Path) -> tuple[Checkpoint | None, list[str]]:
     """What stands under the final name already (a step replayed after a resume), and what is wrong with it."""
     checkpoint = distributed.broadcast_object(Checkpoint.open(path) if path.is_dir() else None)
-    return (None, []) if checkpoint is None else (checkpoint, _verify_together(checkpoint))
+    return (None, []) if checkpoint is None else (checkpoint, verify_together(checkpoint))
 
 
-def _space_problem(folder: Path, files: Mapping[str, RankFile]) -> str:
+def _space_problem(folder: Path, num_bytes: int, num_files: int) -> str:
     """Why the file system cannot hold what all ranks are about to write; empty if it can."""
-    needed = distributed.sum_over_ranks(sum(map(tensor_bytes, files.values()))) + SPARE_BYTES
-    entries = distributed.sum_over_ranks(len(files)) + 8
+    needed = distributed.sum_over_ranks(num_bytes) + SPARE_BYTES
+    entries = distributed.sum_over_ranks(num_files) + 8
     free_bytes, free_entries = _free(folder)
     free_bytes, free_entries = distributed.min_over_ranks(free_bytes), distributed.min_over_ranks(free_entries)
     if free_bytes < needed:
@@ -156,11 +300,11 @@ def _free(folder: Path) -> tuple[float, float]:
     return float(stats.f_bavail * stats.f_frsize), float(stats.f_favail) if stats.f_files else float("inf")
 
 
-def _make_temporary(folder: Path, step: int, attempt: str) -> Path | None:
+def _make_temporary(final: Path, attempt: str) -> Path | None:
     """Rank 0: an empty folder under a name that no reader looks at; None, logged, where the disk refuses."""
     if not distributed.ranks().is_main:
         return None
-    temporary = folder / f"{folder_name(step)}.tmp-{attempt}"
+    temporary = final.with_name(f"{final.name}.tmp-{attempt}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -170,51 +314,21 @@ def _make_temporary(folder: Path, step: int, attempt: str) -> Path | None:
     return temporary
 
 
-def _write_rank(
-    temporary: Path, files: Mapping[str, RankFile], texts: Mapping[str, str], tell: Callable[[str], None]
-) -> _Report:
-    """Write this rank's files and wait for the disk; whatever goes wrong becomes a report that the others read."""
-    written: dict[str, Written] = {}
-    try:
-        temporary.mkdir(exist_ok=True)  # a network file system may not show rank 0's folder yet
-        for name, tensors in files.items():
-            written[name] = write_tensors(temporary / name, tensors, after_header=partial(tell, "writing"))
-        if distributed.ranks().is_main:
-            written |= {name: write_text(temporary / name, text) for name, text in texts.items()}
-        sync_folder(temporary)
-        tell("written")
-    except Exception as error:
-        log.exception("this rank's part of %s failed", temporary.name)
-        return _Report(f"{type(error).__name__}: {error}")
-    return _Report("", written)
-
-
-def _collisions(reports: Iterable[_Report]) -> list[str]:
+def _collisions(reports: Iterable[Report]) -> list[str]:
     """File names that more than one rank wrote."""
     names = [name for report in reports for name in report.files]
     return [f"{name}: written by more than one rank" for name in sorted({n for n in names if names.count(n) > 1})]
 
 
-def _manifest(step: int, attempt: str, reports: list[_Report], facts: Mapping[str, Any]) -> dict[str, Any]:
-    entries = {
-        name: {**asdict(written), "rank": rank}
-        for rank, report in enumerate(reports)
-        for name, written in report.files.items()
-    }
-    own = {"format": 1, "step": step, "attempt": attempt, "world_size": len(reports), "files": entries}
-    return {**facts, **own, "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-
-
-def _publish(
-    temporary: Path, final: Path, attempt: str, tell: Callable[[str], None], manifest: Mapping[str, Any]
-) -> str:
+def _publish(begun: Begun, temporary: Path, manifest: Mapping[str, Any]) -> str:
     """Rank 0: manifest, final name, hint. Returns what failed before the rename; what fails later costs nothing."""
+    final, tell = begun.final, begun.tell
     try:
         write_text(temporary / MANIFEST, seal(manifest))
         sync_folder(temporary)
         tell("manifest")
         if final.exists():  # it did not verify, see `_standing`: kept beside for whoever looks into it
-            final.rename(final.with_name(f"{final.name}.corrupt-{attempt}-{secrets.token_hex(2)}"))
+            final.rename(final.with_name(f"{final.name}.corrupt-{begun.attempt}-{secrets.token_hex(2)}"))
         temporary.rename(final)
     except Exception as error:
         log.exception("rank 0 could not commit %s", final)
@@ -238,73 +352,18 @@ def _point_latest_at(path: Path) -> None:
             log.warning("%s could not be replaced (only a hint): %s", path.parent / LATEST, error)
 
 
-def _abandon(temporary: Path | None, step: int, problems: Iterable[str]) -> None:
+def _abandon(begun: Begun, problems: Iterable[str]) -> None:
     """Give up on a commit, on all ranks: nobody writes any more, so the temporary folder can go."""
-    log.error("checkpoint of step %d abandoned: %s", step, "; ".join(problems))
-    if temporary is not None and distributed.ranks().is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
+    log.error("checkpoint of step %d abandoned: %s", begun.step, "; ".join(problems))
+    if begun.temporary is not None and distributed.ranks().is_main:
+        shutil.rmtree(begun.temporary, ignore_errors=True)
     distributed.barrier()
 
 
-def _log_commit(path: Path, reports: Iterable[_Report], seconds: float) -> None:
+def _log_commit(begun: Begun, reports: Iterable[Report]) -> None:
     if distributed.ranks().is_main:
         size = sum(written.size_bytes for report in reports for written in report.files.values())
-        log.info("committed %s: %.1f MiB in %.1f s", path, size / 2**20, seconds)
-
-
-def verify(checkpoint: Checkpoint) -> list[str]:
-    """Read everything back and compare it with the manifest; empty if every bit is as it was written."""
-    return _shape_problems(checkpoint) or _digest_problems(checkpoint, checkpoint.files)
-
-
-def _shape_problems(checkpoint: Checkpoint) -> list[str]:
-    """What is wrong as far as names and sizes tell; cheap, so every rank looks for itself."""
-    if checkpoint.damage:
-        return [f"{MANIFEST} {checkpoint.damage}"]
-    problems = coverage_problems(checkpoint)
-    if checkpoint.path.name.startswith("step-") and checkpoint.path.name != folder_name(checkpoint.step):
-        problems.append(f"{MANIFEST} is of step {checkpoint.step}")
-    for name, entry in checkpoint.files.items():
-        try:
-            found = (checkpoint.path / name).stat().st_size
-        except OSError as error:
-            problems.append(f"{name}: {'is missing' if isinstance(error, FileNotFoundError) else error}")
-            continue
-        if found < entry["size_bytes"]:
-            problems.append(f"{name}: truncated to {found} of {entry['size_bytes']} bytes")
-        elif found > entry["size_bytes"]:
-            problems.append(f"{name}: {found} bytes, {entry['size_bytes']} were written")
-    return problems
-
-
-def _digest_problems(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
-    """What is wrong with the bytes of some files; a file that holds another one's bytes is named with it."""
-    owners = {entry["sha256"]: name for name, entry in checkpoint.files.items()}
-    problems: list[str] = []
-    for name in names:
-        try:
-            found = digest_file(checkpoint.path / name).sha256
-        except OSError as error:
-            problems.append(f"{name}: {error}")
-            continue
-        if found != checkpoint.files[name]["sha256"]:
-            swapped = f"holds the bytes of {owners[found]} (files swapped)" if found in owners else "bytes were changed"
-            problems.append(f"{name}: {swapped}")
-    return problems
-
-
-def _verify_together(checkpoint: Checkpoint) -> list[str]:
-    """`verify`, with the reading shared out over the ranks and one answer on all of them; collective."""
-    shapes = distributed.gather_objects(_shape_problems(checkpoint))
-    if any(shapes):
-        return _merged(shapes)
-    by_size = sorted(checkpoint.files, key=lambda name: (-checkpoint.files[name]["size_bytes"], name))
-    mine = by_size[distributed.ranks().rank :: len(shapes)]
-    return _merged(distributed.gather_objects(_digest_problems(checkpoint, mine)))
-
-
-def _merged(per_rank: Iterable[list[str]]) -> list[str]:
-    return list(dict.fromkeys(problem for problems in per_rank for problem in problems))
+        log.info("committed %s: %.1f MiB in %.1f s", begun.final, size / 2**20, time.monotonic() - begun.began)
 
 
 def sweep(folder: Path) -> list[str]:
@@ -344,7 +403,7 @@ def find(folder: Path, resume: Path | Literal["auto", "never"]) -> Checkpoint | 
         )
     refused: dict[str, list[str]] = {}
     for checkpoint in candidates:
-        problems = _verify_together(checkpoint)
+        problems = verify_together(checkpoint)
         _mark(checkpoint, problems)
         if not problems:
             return checkpoint
@@ -375,7 +434,7 @@ def _survey(folder: Path) -> list[Checkpoint]:
 def _take(path: Path) -> Checkpoint:
     """The checkpoint that a person named; never replaced by another one."""
     checkpoint = distributed.broadcast_object(Checkpoint.open(path))
-    problems = _verify_together(checkpoint)
+    problems = verify_together(checkpoint)
     if problems:
         raise CheckpointError(f"{path}: not a valid checkpoint to resume from: {'; '.join(problems)}")
     newer = [other.path.name for other in _survey(path.parent) if other.step > checkpoint.step]

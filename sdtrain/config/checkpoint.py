@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -14,10 +14,19 @@ class CheckpointConfig(Section):
 
     Attributes:
         every_steps: Steps between two checkpoints.
+        asynchronous: Copy the state to host memory and write it beside training; false stands still until it is on
+            the disk, and needs no memory for the copy (16 bytes a parameter, over all ranks).
         keep_last: Newest checkpoints that are kept; at least 2, so that a damaged one has a predecessor.
         keep_every_steps: Keep every checkpoint whose step is a multiple of this; null keeps only the newest.
+        keep_best: Keep this many of those with the best figure `best_by`; null keeps none for it.
+        best_by: The figure of validation that `keep_best` goes by; a checkpoint counts if validation ran at its step.
+        best_is: Which end of `best_by` is good.
     """
 
     every_steps: PositiveInt = 1000
+    asynchronous: bool = True
     keep_last: Annotated[int, Field(ge=2)] = 2
     keep_every_steps: PositiveInt | None = None
+    keep_best: PositiveInt | None = None
+    best_by: Annotated[str, Field(pattern="^validation/.+")] = "validation/loss"
+    best_is: Literal["lowest", "highest"] = "lowest"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sdtrain import distributed
-from sdtrain.checkpoints.protocol import Checkpoint, commit
-from sdtrain.checkpoints.retention import retain
+from sdtrain.checkpoints.manifest import Checkpoint, folder_name
+from sdtrain.checkpoints.retention import Retention, retain
+from sdtrain.checkpoints.saver import Saved, Saver
 from sdtrain.errors import CheckpointError, StorageError
 from sdtrain.run_dir import RunDir
 from sdtrain.training.engine import Engine
@@ -22,14 +24,20 @@ log = logging.getLogger(__name__)
 MAX_FAILED_SAVES = 3
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CheckpointKeeper:
     """Commits checkpoints of one attempt and remembers what the ledger has to say.
+
+    With `asynchronous`, `save` takes the state and returns; the first step boundary at which no rank `is_writing` any
+    more commits it (`join`). Whoever reads checkpoints or ends the run joins first, however long that takes.
 
     Attributes:
         identity: What a resume must find unchanged: manifest digest, seed, order version, batch size.
         config_text: The resolved page, stored in every checkpoint.
+        on_saved: Is told what became of every save.
         parent: Name of the newest checkpoint in this lineage; None before the first.
+        saved_step: Its step; 0 before the first.
+        resumed_from: Name of the checkpoint that this attempt started from.
     """
 
     run: RunDir
@@ -39,63 +47,120 @@ class CheckpointKeeper:
     config_text: str
     identity: Mapping[str, Any]
     environment: Mapping[str, Any]
-    keep_last: int
-    keep_every_steps: int | None
+    retention: Retention
+    asynchronous: bool = True
+    on_saved: Callable[[Saved], None] = lambda saved: None
     parent: str | None = None
     saved_step: int = 0
-    resumed_from: Path | None = None
+    resumed_from: str | None = None
+    _figures: tuple[int, Mapping[str, float]] = field(default=(-1, {}), init=False)
     _failed: int = field(default=0, init=False)
 
-    def save(self, step: int) -> Path | None:
-        """Commit the state after `step` finished steps; collective. A failed save leaves training going on.
+    @cached_property
+    def _saver(self) -> Saver:
+        return Saver(self.run.checkpoints, asynchronous=self.asynchronous)
+
+    # Saving -------------------------------------------------------------------------------------------------------
+
+    def note(self, step: int, figures: Mapping[str, float]) -> None:
+        """Remember what validation measured after `step` finished steps: a checkpoint of that step holds it."""
+        self._figures = (step, dict(figures))
+        if self.retention.keep_best is not None and self.retention.best_by not in figures:
+            log.warning(
+                "checkpoint.best_by = %s is no figure of validation (%s): no checkpoint is kept for it",
+                self.retention.best_by,
+                ", ".join(figures),
+            )
+
+    def save(self, step: int) -> None:
+        """Take the state after `step` finished steps, unless it is saved or in flight; collective.
+
+        A failed save leaves training going on.
 
         Raises:
             StorageError: The third save in a row failed.
         """
-        if step == self.saved_step:
-            return self.run.checkpoints / self.parent if self.parent else None
-        facts = {
+        if step in (self.saved_step, self._saver.step):
+            return
+        if self._saver.is_writing:
+            log.warning(
+                "checkpoint of step %s is still being written at step %d: training waits for it. Raise "
+                "checkpoint.every_steps, or write to a faster file system.",
+                self._saver.step,
+                step,
+            )
+        self.join()
+        self._saver.begin(
+            step=step,
+            attempt=self.attempt,
+            files=rank_files(self.engines),
+            facts=self._facts(step),
+            texts={"config.yaml": self.config_text},
+        )
+        if not self.asynchronous:
+            self.join()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank has a save in flight that is not all on its disk."""
+        return self._saver.is_writing
+
+    def join(self) -> Path | None:
+        """Wait until the save in flight, if there is one, is committed or abandoned; collective.
+
+        Returns:
+            The newest committed checkpoint of this lineage.
+
+        Raises:
+            StorageError: The third save in a row failed.
+        """
+        saved = self._saver.finish()
+        if saved is not None:
+            self._settle(saved)
+            self.on_saved(saved)
+        return self.run.checkpoints / self.parent if self.parent else None
+
+    def finish(self, step: int) -> None:
+        """See to it that the state after `step` finished steps is committed, trying again where it fails; collective.
+
+        Raises:
+            StorageError: It could not be committed.
+        """
+        self.join()
+        while self.saved_step != step:
+            self.save(step)
+            self.join()
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        figures = {"figures": self._figures[1]} if self._figures[0] == step else {}
+        return {
             "first_position": self.saved_step * self.batch_size,
             "last_position": step * self.batch_size,
             "samples_seen": step * self.batch_size,
             "parent": self.parent,
             "config_sha256": hashlib.sha256(self.config_text.encode()).hexdigest(),
             "identity": dict(self.identity),
+            **figures,
             **self.environment,
             **state_facts(self.engines),
         }
-        path = commit(
-            self.run.checkpoints,
-            step=step,
-            attempt=self.attempt,
-            files=rank_files(self.engines),
-            facts=facts,
-            texts={"config.yaml": self.config_text},
-        )
-        if path is None:
+
+    def _settle(self, saved: Saved) -> None:
+        if saved.path is None:
             self._failed += 1
             if self._failed >= MAX_FAILED_SAVES:
                 raise StorageError(
                     f"{self.run.checkpoints}: {self._failed} saves in a row failed (see the log). Free some space or "
                     "repair the file system, then start again: the newest committed checkpoint is intact."
                 )
-            return None
+            return
         self._failed = 0
-        self._record(step, path)
-        return path
-
-    def _record(self, step: int, path: Path) -> None:
+        self.saved_step, self.parent = saved.step, folder_name(saved.step)
         if distributed.ranks().is_main:
-            self._log_commit(Checkpoint.open(path))
-            retain(
-                self.run.checkpoints,
-                keep_last=self.keep_last,
-                keep_every_steps=self.keep_every_steps,
-                resumed_from=self.resumed_from,
-            )
-        self.saved_step, self.parent = step, path.name
+            self._log_commit(Checkpoint.open(saved.path), stall_seconds=round(saved.stall_seconds, 3))
+            retain(self.run.checkpoints, self.retention, resumed_from=self.resumed_from)
 
-    def _log_commit(self, checkpoint: Checkpoint) -> None:
+    def _log_commit(self, checkpoint: Checkpoint, **more: Any) -> None:
         """One ledger row per commit; a rank killed between the commit and its row leaves this to the next attempt."""
         told = {
             (row.get("checkpoint"), row.get("attempt")) for row in self.run.ledger_rows() if row["event"] == "commit"
@@ -103,8 +168,11 @@ class CheckpointKeeper:
         manifest = checkpoint.manifest
         if (checkpoint.path.name, manifest["attempt"]) in told:
             return
-        shown = ("attempt", "step", "parent", "world_size", "first_position", "last_position")
-        self.run.log("commit", checkpoint=checkpoint.path.name, **{name: manifest[name] for name in shown})
+        shown = ("attempt", "step", "parent", "world_size", "first_position", "last_position", "write_seconds")
+        facts = {name: manifest.get(name) for name in shown}
+        self.run.log("commit", checkpoint=checkpoint.path.name, **facts, **more)
+
+    # Resuming -----------------------------------------------------------------------------------------------------
 
     def restore(self, checkpoint: Checkpoint) -> int:
         """Take over a checkpoint; returns its step. Collective.
@@ -112,6 +180,15 @@ class CheckpointKeeper:
         Raises:
             CheckpointError: It was written over other data, another seed or another order.
         """
+        self.join()
+        self._refuse_other_runs(checkpoint)
+        restore(checkpoint, self.engines)
+        if distributed.ranks().is_main:
+            self._log_commit(checkpoint)
+        self.parent, self.saved_step, self.resumed_from = checkpoint.path.name, checkpoint.step, checkpoint.path.name
+        return checkpoint.step
+
+    def _refuse_other_runs(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.manifest.get("identity", {})
         changed = [
             f"{key}: {saved.get(key)!r} then, {value!r} now"
@@ -125,8 +202,7 @@ class CheckpointKeeper:
                 + "\nA resume must see the same "
                 "samples in the same order: restore these settings, or choose another run_dir for a new run."
             )
-        restore(checkpoint, self.engines)
-        if distributed.ranks().is_main:
-            self._log_commit(checkpoint)
-        self.parent, self.saved_step, self.resumed_from = checkpoint.path.name, checkpoint.step, checkpoint.path
-        return checkpoint.step
+
+    def close(self) -> None:
+        """End the writing thread without waiting for it."""
+        self._saver.close()

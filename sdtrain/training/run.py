@@ -16,6 +16,8 @@ import torch
 
 from sdtrain import build, distributed
 from sdtrain.checkpoints.protocol import Checkpoint, find, sweep
+from sdtrain.checkpoints.retention import Retention
+from sdtrain.checkpoints.saver import Saved
 from sdtrain.config.load import dump_yaml, load_training, refuse_on_resume
 from sdtrain.config.run import TrainingConfig, grad_accum_steps
 from sdtrain.data.loader import train_loader
@@ -130,7 +132,7 @@ class Attempt:
         self.reporter = self._reporter(start, max_steps)
         self.trainer = self._trainer(task, manifest, engines, keeper, start, max_steps, accumulation)
         complete = self.trainer.fit()
-        keeper.save(self.trainer.step)
+        keeper.finish(self.trainer.step)
         if complete and self.hooks.finish is not None:
             self.hooks.finish(config, self.folder)
         return self._verdict(complete)
@@ -196,9 +198,21 @@ class Attempt:
             config_text=dump_yaml(config),
             identity=identity,
             environment=environment.describe(),
-            keep_last=config.checkpoint.keep_last,
-            keep_every_steps=config.checkpoint.keep_every_steps,
+            retention=Retention(
+                keep_last=config.checkpoint.keep_last,
+                keep_every_steps=config.checkpoint.keep_every_steps,
+                keep_best=config.checkpoint.keep_best,
+                best_by=config.checkpoint.best_by,
+                best_is=config.checkpoint.best_is,
+            ),
+            asynchronous=config.checkpoint.asynchronous,
+            on_saved=self._report_save,
         )
+
+    def _report_save(self, saved: Saved) -> None:
+        """A figure of how long training stood still for a save, beside those of the step that it was committed at."""
+        if self.reporter is not None:
+            self.reporter.log(self.step, {"train/checkpoint_stall_seconds": saved.stall_seconds})
 
     def _write_down(self, checkpoint: Checkpoint | None, start: int) -> None:
         """Leave the resolved page, the surroundings and the start of this attempt in the run folder."""
@@ -281,10 +295,18 @@ class Attempt:
         )
 
     def _leaves_after(self, step: int, keeper: CheckpointKeeper) -> bool:
-        """Answer requests together: the strongest one of any rank is what all ranks do."""
-        request = distributed.max_over_ranks(int(self.preemption.poll()))
+        """Answer requests together, and commit a save that all ranks have written; one all-reduce tells both.
+
+        The strongest request of any rank is what all ranks do. A rank that still writes counts for less than any
+        request, since what a request leads to waits for the writing anyway.
+        """
+        writing = Request.NONE + 0.5 if keeper.is_writing else Request.NONE
+        request = distributed.max_over_ranks(max(writing, self.preemption.poll()))
+        if request == Request.NONE:
+            keeper.join()
         if request == Request.SAVE:
             keeper.save(step)
+            keeper.join()
             if distributed.ranks().is_main:
                 self.preemption.acknowledge(Request.SAVE)
         return request >= Request.STOP
@@ -303,6 +325,7 @@ class Attempt:
                 with averaged(engines):
                     figures = validate(config, task, manifest)
                 reporter.log(step, figures)
+                keeper.note(step, figures)
 
             events.append(Periodic(config.validation.every_steps, run_validation))
         if config.samples is not None and hooks.sample is not None:

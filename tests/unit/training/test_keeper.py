@@ -10,13 +10,20 @@ import pytest
 
 from sdtrain.checkpoints.manifest import Checkpoint, list_checkpoints
 from sdtrain.checkpoints.protocol import verify
+from sdtrain.checkpoints.retention import Retention
 from sdtrain.errors import CheckpointError, ExitCode, StorageError
 from sdtrain.run_dir import RunDir
-from sdtrain.training import keeper as keeper_module
 from sdtrain.training.keeper import CheckpointKeeper
 from tests.engines import PlainEngine
 
 IDENTITY = {"data_manifest_sha256": "abc", "seed": 7, "order_version": 1, "window_shards": 2, "batch_size": 8}
+
+
+def committed(keeper: CheckpointKeeper, step: int) -> Path | None:
+    """Save and wait; the committed folder, or None where the save failed."""
+    keeper.save(step)
+    path = keeper.join()
+    return path if keeper.saved_step == step else None
 
 
 def make(folder: Path, *, attempt: str = "a1", engine: PlainEngine | None = None, **changes: Any) -> CheckpointKeeper:
@@ -25,8 +32,7 @@ def make(folder: Path, *, attempt: str = "a1", engine: PlainEngine | None = None
         "config_text": "schema_version: 1\n",
         "identity": IDENTITY,
         "environment": {"git_commit": "0" * 40, "versions": {"torch": "2"}},
-        "keep_last": 2,
-        "keep_every_steps": None,
+        "retention": Retention(keep_last=2),
     }
     return CheckpointKeeper(
         run=RunDir(folder), attempt=attempt, engines={"denoiser": engine or PlainEngine()}, **(values | changes)
@@ -45,7 +51,8 @@ def test_a_checkpoint_says_where_it_comes_from(tmp_path: Path) -> None:
     engine = PlainEngine()
     engine.applied_steps = 4
     keeper = make(tmp_path, engine=engine)
-    path = keeper.save(5)
+    path = committed(keeper, 5)
+    assert path is not None
     assert path == tmp_path / "checkpoints" / "step-00000005"
     checkpoint = Checkpoint.open(path)
     assert verify(checkpoint) == []
@@ -60,7 +67,7 @@ def test_a_checkpoint_says_where_it_comes_from(tmp_path: Path) -> None:
 def test_the_ledger_tells_each_range_of_samples_once(tmp_path: Path) -> None:
     keeper = make(tmp_path)
     for step in (2, 4, 4, 5):
-        keeper.save(step)
+        committed(keeper, step)
     assert commits(tmp_path) == [
         ("step-00000002", "a1", 0, 16, None),
         ("step-00000004", "a1", 16, 32, "step-00000002"),
@@ -72,44 +79,45 @@ def test_the_ledger_tells_each_range_of_samples_once(tmp_path: Path) -> None:
 
 def test_a_step_is_saved_once(tmp_path: Path) -> None:
     keeper = make(tmp_path)
-    assert keeper.save(0) is None  # nothing was trained yet
-    first = keeper.save(3)
+    keeper.save(0)
+    assert keeper.join() is None  # nothing was trained yet
+    first = committed(keeper, 3)
     assert first is not None
     inode = (first / "MANIFEST.json").stat().st_ino
-    assert keeper.save(3) == first
+    assert committed(keeper, 3) == first
     assert (first / "MANIFEST.json").stat().st_ino == inode
 
 
 def test_old_checkpoints_go_and_the_one_that_was_resumed_stays(tmp_path: Path) -> None:
-    make(tmp_path).save(1)
+    committed(make(tmp_path), 1)
     keeper = make(tmp_path, attempt="a2")
     assert keeper.restore(list_checkpoints(tmp_path / "checkpoints")[0]) == 1
     for step in range(2, 8):
-        keeper.save(step)
+        committed(keeper, step)
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "checkpoints")] == [7, 6, 1]
 
 
 def test_every_n_th_stays(tmp_path: Path) -> None:
-    keeper = make(tmp_path, keep_every_steps=2)
+    keeper = make(tmp_path, retention=Retention(keep_last=2, keep_every_steps=2))
     for step in range(1, 7):
-        keeper.save(step)
+        committed(keeper, step)
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "checkpoints")] == [6, 5, 4, 2]
 
 
 def fail_times(monkeypatch: pytest.MonkeyPatch, outcomes: list[bool]) -> None:
-    """Let commits work or fail, in this order."""
-    real, left = keeper_module.commit, iter(outcomes)
-    monkeypatch.setattr(keeper_module, "commit", lambda *args, **kwargs: real(*args, **kwargs) if next(left) else None)
+    """Let saves find room on the disk or none, in this order."""
+    left = iter(outcomes)
+    monkeypatch.setattr("sdtrain.checkpoints.protocol._free", lambda folder: (float("inf") if next(left) else 0.0,) * 2)
 
 
 def test_the_third_failed_save_in_a_row_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_times(monkeypatch, [True, False, False, False])
     keeper = make(tmp_path)
-    keeper.save(1)
-    assert keeper.save(2) is None
-    assert keeper.save(3) is None
+    assert committed(keeper, 1) is not None
+    assert committed(keeper, 2) is None
+    assert committed(keeper, 3) is None
     with pytest.raises(StorageError) as raised:
-        keeper.save(4)
+        committed(keeper, 4)
     assert raised.value.exit_code == ExitCode.STORAGE == 8
     assert str(raised.value) == (
         f"{tmp_path / 'checkpoints'}: 3 saves in a row failed (see the log). Free some space or repair the file "
@@ -121,27 +129,27 @@ def test_the_third_failed_save_in_a_row_ends_the_run(tmp_path: Path, monkeypatch
 def test_a_save_in_between_forgives_the_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_times(monkeypatch, [False, False, True, False, False, True])
     keeper = make(tmp_path)
-    assert [keeper.save(step) is not None for step in range(1, 7)] == [False, False, True, False, False, True]
+    assert [committed(keeper, step) is not None for step in range(1, 7)] == [False, False, True, False, False, True]
     # what a failed save did not commit belongs to the next one
     assert commits(tmp_path) == [("step-00000003", "a1", 0, 24, None), ("step-00000006", "a1", 24, 48, "step-00000003")]
 
 
 def test_a_real_full_disk_counts_as_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdtrain.checkpoints.protocol._free", lambda folder: (0.0, 0.0))
-    assert make(tmp_path).save(1) is None
+    assert committed(make(tmp_path), 1) is None
     assert commits(tmp_path) == []
 
 
 def test_restoring_goes_on_where_the_checkpoint_ends(tmp_path: Path) -> None:
     engine = PlainEngine()
     engine.applied_steps = 4
-    make(tmp_path, engine=engine).save(5)
+    committed(make(tmp_path, engine=engine), 5)
     fresh = PlainEngine()
     keeper = make(tmp_path, attempt="a2", engine=fresh)
     assert keeper.restore(list_checkpoints(tmp_path / "checkpoints")[0]) == 5
     assert fresh.applied_steps == 4
-    keeper.save(5)
-    keeper.save(6)
+    committed(keeper, 5)
+    committed(keeper, 6)
     assert commits(tmp_path) == [
         ("step-00000005", "a1", 0, 40, None),
         ("step-00000006", "a2", 40, 48, "step-00000005"),
@@ -149,7 +157,7 @@ def test_restoring_goes_on_where_the_checkpoint_ends(tmp_path: Path) -> None:
 
 
 def test_a_commit_whose_row_was_lost_is_told_by_the_next_attempt_once(tmp_path: Path) -> None:
-    make(tmp_path).save(5)
+    committed(make(tmp_path), 5)
     RunDir(tmp_path).ledger.unlink()
     for attempt in ("a2", "a3"):
         make(tmp_path, attempt=attempt).restore(list_checkpoints(tmp_path / "checkpoints")[0])
@@ -159,17 +167,17 @@ def test_a_commit_whose_row_was_lost_is_told_by_the_next_attempt_once(tmp_path: 
 def test_a_replayed_step_is_kept_and_told_once(tmp_path: Path) -> None:
     """Resumed from an older checkpoint by name, the run comes by steps that stand already."""
     first = make(tmp_path)
-    first.save(2)
-    first.save(4)
+    committed(first, 2)
+    committed(first, 4)
     again = make(tmp_path, attempt="a2")
     again.restore(list_checkpoints(tmp_path / "checkpoints")[1])
-    assert again.save(4) == tmp_path / "checkpoints" / "step-00000004"
+    assert committed(again, 4) == tmp_path / "checkpoints" / "step-00000004"
     assert [row[:2] for row in commits(tmp_path)] == [("step-00000002", "a1"), ("step-00000004", "a1")]
 
 
 @pytest.mark.parametrize(("key", "value"), [("data_manifest_sha256", "xyz"), ("seed", 8), ("order_version", 2)])
 def test_another_run_s_checkpoint_is_refused(key: str, value: Any, tmp_path: Path) -> None:
-    make(tmp_path).save(5)
+    committed(make(tmp_path), 5)
     engine = PlainEngine()
     keeper = make(tmp_path, engine=engine, identity=IDENTITY | {key: value})
     with pytest.raises(CheckpointError) as raised:
