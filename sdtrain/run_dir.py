@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sdtrain.errors import ExitCode
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text`: temporary name, fsync, rename, fsync of the folder."""
@@ -107,6 +109,11 @@ class RunDir:
         return self.path / "exit.json"
 
     @property
+    def tombstones(self) -> Path:
+        """One JSON row per sample that could not be read: key, shard, reason and the step that met it first."""
+        return self.path / "tombstones.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of committed checkpoints, `step-N`."""
         return self.path / "checkpoints"
@@ -120,6 +127,16 @@ class RunDir:
     def samples(self) -> Path:
         """Folder of sample grids."""
         return self.path / "samples"
+
+    @property
+    def hangs(self) -> Path:
+        """Folder of what watchdogs report of ranks that stand still, `<launch>/rank-N.json`."""
+        return self.path / "hangs"
+
+    @property
+    def stacks(self) -> Path:
+        """Folder of the Python stacks of hung ranks, `<attempt>/rank-N.txt`."""
+        return self.path / "stacks"
 
     @property
     def wandb_id(self) -> Path:
@@ -142,6 +159,20 @@ class RunDir:
         """Record how this attempt ends."""
         row = asdict(outcome) | {"time": time.time()}
         write_atomically(self.exit_file, json.dumps(row, indent=2) + "\n")
+
+    def leave_word(self, outcome: Exit) -> bool:
+        """Record an unplanned end, in `exit.json` and the ledger, unless this attempt's first cause stands already.
+
+        A rank that merely lost a peer gives way to what the peer died of. Returns whether `outcome` stands now.
+        """
+        standing = self.read_exit()
+        if standing is not None and standing.attempt == outcome.attempt:
+            is_cause = standing.code == ExitCode.HANG and outcome.code != ExitCode.HANG
+            if not is_cause:
+                return False
+        self.write_exit(outcome)
+        self.log("end", **{name: value for name, value in asdict(outcome).items() if name != "time"})
+        return True
 
     def read_exit(self) -> Exit | None:
         """How the newest attempt ended; None where it left no word, which means a crash."""
