@@ -127,6 +127,13 @@ def one_length_of_the_run(trainer: TrainerConfig) -> Iterator[Problem]:
         yield Problem("trainer", "give exactly one of max_steps and max_epochs, and set the other to null")
 
 
+def a_step_hangs_before_its_peers_give_up(trainer: TrainerConfig) -> Iterator[Problem]:
+    """Steps get less patience than what is known to take long."""
+    if trainer.step_timeout_seconds > trainer.timeout_seconds:
+        limit = trainer.timeout_seconds
+        yield Problem("trainer.hang_timeout_seconds", f"must be <= trainer.timeout_seconds = {limit:g}")
+
+
 def warmup_ends_before_the_run(optimizer: OptimizerConfig, trainer: TrainerConfig) -> Iterator[Problem]:
     """A warm-up as long as the run never reaches the peak rate."""
     if trainer.max_steps is not None and optimizer.warmup_steps >= trainer.max_steps:
@@ -276,6 +283,7 @@ def kept_checkpoints_are_written(checkpoint: CheckpointConfig) -> Iterator[Probl
 TRAINING_RULES = (
     batch_splits_into_micro_batches,
     one_length_of_the_run,
+    a_step_hangs_before_its_peers_give_up,
     warmup_ends_before_the_run,
     warmup_rises,
     diffusion_needs_its_sections,

@@ -22,7 +22,11 @@ class TrainerConfig(Section):
         reduce_bucket_size: Elements in one gradient reduction.
         overlap_comm: Reduce gradients while the backward goes on.
         log_every_steps: Steps between two rows of metrics.jsonl.
-        timeout_seconds: How long a rank waits for its peers before the run counts as hung.
+        timeout_seconds: How long a rank may stand still outside of its steps (start, first step, validation, saving)
+            before the run counts as hung. Collectives wait a minute longer, so that the watchdog names the culprit.
+        hang_timeout_seconds: How long a rank may stand still within a step; null takes a third of timeout_seconds.
+        max_hours: Wall clock of one start: when it is reached the run saves and asks to be started again; null sets
+            no limit. Leave the scheduler's own limit some minutes above it.
     """
 
     max_steps: PositiveInt | None = None
@@ -35,3 +39,10 @@ class TrainerConfig(Section):
     overlap_comm: bool = False
     log_every_steps: PositiveInt = 10
     timeout_seconds: PositiveFloat = 1800.0
+    hang_timeout_seconds: PositiveFloat | None = None
+    max_hours: PositiveFloat | None = None
+
+    @property
+    def step_timeout_seconds(self) -> float:
+        """How long a rank may stand still within a step."""
+        return self.hang_timeout_seconds or self.timeout_seconds / 3
