@@ -113,6 +113,15 @@ def gather_objects(item: Any) -> list[Any]:
     return gathered
 
 
+def gather_values(value: float) -> list[float]:
+    """Every rank's number, in rank order, on every rank; collective, and far cheaper than objects."""
+    if not is_active():
+        return [value]
+    gathered = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+    dist.all_gather_into_tensor(gathered, torch.tensor([value], dtype=torch.float64))
+    return gathered.tolist()
+
+
 def broadcast_object(item: Any) -> Any:
     """Rank 0's object on every rank; collective."""
     if not is_active():

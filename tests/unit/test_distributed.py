@@ -49,6 +49,7 @@ def test_alone_every_agreement_is_one_s_own_opinion() -> None:
     ] * 3
     assert distributed.any_rank(True) and not distributed.any_rank(False)
     assert distributed.all_ranks(True) and not distributed.all_ranks(False)
+    assert distributed.gather_values(2.5) == [2.5]
     assert distributed.gather_objects("mine") == ["mine"]
     assert distributed.broadcast_object("mine") == "mine"
     distributed.barrier()
@@ -73,6 +74,7 @@ def rank(number, port, path):
         "place": [place.rank, place.world_size],
         "max": d.max_over_ranks(number), "min": d.min_over_ranks(number), "sum": d.sum_over_ranks(number + 0.5),
         "any": [d.any_rank(number == 1), d.any_rank(False)], "all": [d.all_ranks(True), d.all_ranks(number == 1)],
+        "values": d.gather_values(number + 0.25),
         "gathered": d.gather_objects({"rank": number}), "broadcast": d.broadcast_object(["from", number]),
         "big": d.sum_over_ranks(2.0**40 + number),
         "timeouts": [backend.options._timeout.total_seconds() for backend in backends],
@@ -113,6 +115,7 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
             "sum": 2.0,
             "any": [True, False],
             "all": [True, False],
+            "values": [0.25, 1.25],
             "gathered": [{"rank": 0}, {"rank": 1}],
             "broadcast": ["from", 0],
             "big": 2.0**41 + 1,  # float64: bytes of large checkpoints are counted exactly

@@ -59,6 +59,10 @@ def page(tmp_path: Path, text: str) -> Path:
             "trainer (line 15): give exactly one of max_steps and max_epochs, and set the other to null",
         ),
         (
+            ["trainer.timeout_seconds=30", "trainer.hang_timeout_seconds=31"],
+            "trainer.hang_timeout_seconds = 31 (command line): must be <= trainer.timeout_seconds = 30",
+        ),
+        (
             ["trainer.max_steps=null"],
             "trainer (line 15): give exactly one of max_steps and max_epochs, and set the other to null",
         ),
