@@ -168,6 +168,7 @@ def build_dataset(config: TrainingConfig, manifest: Manifest, draws: DrawSpec, s
         seed=config.seed,
         draws=draws,
         max_open_shards=config.data.window_shards + 1,
+        read_retries=config.data.read_retries,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -76,6 +76,23 @@ class DrawSpec:
     uniforms: tuple[str, ...] = ()
 
 
+class Tombstone(NamedTuple):
+    """A sample that could not be read and stands in its place with weight 0.
+
+    Attributes:
+        key: Sample key; the shard's path and the place in it where the key could not be read either.
+        shard: Path of its shard as the manifest has it.
+        reason: Why it could not be read.
+    """
+
+    key: str
+    shard: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+
 @dataclass(slots=True)
 class Batch:
     """A micro-batch: what was read and what was drawn.
@@ -87,7 +104,7 @@ class Batch:
         normals: (batch, *shape) float32 standard normal draws by name.
         uniforms: (batch,) float64 draws in [0, 1) by name.
         weights: (batch,) float32; 0 marks a tombstone (unreadable sample, fields are zeros).
-        errors: One line for every sample that could not be read: its key and why.
+        errors: Every sample that could not be read, and why.
     """
 
     keys: tuple[str, ...]
@@ -96,7 +113,7 @@ class Batch:
     normals: dict[str, Tensor]
     uniforms: dict[str, Tensor]
     weights: Tensor
-    errors: tuple[str, ...] = ()
+    errors: tuple[Tombstone, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)

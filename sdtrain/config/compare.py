@@ -22,6 +22,7 @@ ALLOWED_ON_RESUME = (
     "trainer.max_hours",
     "data.num_workers",
     "data.prefetch",
+    "data.read_retries",
     "data.micro_batch_size",
     "checkpoint",
     "validation",

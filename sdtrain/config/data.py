@@ -17,6 +17,8 @@ class DataConfig(Section):
         num_workers: Reading processes of each rank; 0 reads in the training process. Never changes what is read.
         prefetch: Micro-batches that each worker prepares ahead.
         window_shards: Shards that are shuffled together; more mixes better and opens more files.
+        read_retries: New looks at a shard that is away before its samples count as unreadable; they come after 0.1,
+            0.2, 0.4 ... seconds, at most 10.
         max_bad_fraction: Share of unreadable samples above which the run stops.
     """
 
@@ -26,4 +28,5 @@ class DataConfig(Section):
     num_workers: NonNegativeInt = 2
     prefetch: PositiveInt = 4
     window_shards: PositiveInt = 16
+    read_retries: NonNegativeInt = 6
     max_bad_fraction: Fraction = 0.01

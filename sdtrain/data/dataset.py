@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,9 @@ from sdtrain.data.lru import Lru
 from sdtrain.data.manifest import Manifest, ShardEntry, read_takedown
 from sdtrain.data.plan import Order
 from sdtrain.data.randomness import normals, uniforms
-from sdtrain.data.shard import ShardReader
+from sdtrain.data.shard import ShardReader, ShardUnavailableError
 from sdtrain.errors import DataError
-from sdtrain.records import DrawSpec
+from sdtrain.records import DrawSpec, Tombstone
 
 FIELD_TYPES: Mapping[str, type[np.generic]] = {
     "moments": np.float16,
@@ -28,6 +29,18 @@ FIELD_TYPES: Mapping[str, type[np.generic]] = {
 """What a field of a batch is made of, by its name in the batch."""
 
 MAX_OPEN_SHARDS = 64
+READ_RETRIES = 6
+
+_FIRST_WAIT_SECONDS = 0.1
+_LONGEST_WAIT_SECONDS = 10.0
+
+
+def retry_waits(retries: int) -> list[float]:
+    """Seconds before each new look at a shard that is away: 0.1, 0.2, 0.4 ... and never more than 10.
+
+    The same in every process: nobody queues at a file server that is back, because reads are spread anyway.
+    """
+    return [min(_FIRST_WAIT_SECONDS * 2.0**attempt, _LONGEST_WAIT_SECONDS) for attempt in range(retries)]
 
 
 @dataclass(slots=True)
@@ -41,7 +54,7 @@ class Sample:
         normals: Name -> float32 standard normal draw.
         uniforms: Name -> draw in [0, 1).
         weight: 1, or 0 for a tombstone.
-        error: Why the sample is a tombstone, with its key; None for a sample that was read or was taken down.
+        error: Why the sample is a tombstone; None for a sample that was read or was taken down.
     """
 
     key: str
@@ -50,14 +63,16 @@ class Sample:
     normals: dict[str, np.ndarray[Any, np.dtype[np.float32]]]
     uniforms: dict[str, float]
     weight: float = 1.0
-    error: str | None = None
+    error: Tombstone | None = None
 
 
 class ShardDataset(Dataset[Sample]):
     """Reads the sample at a global position and draws what its task asked for.
 
     Everything is a pure function of the position: any number of ranks and workers sees the same samples with the same
-    draws. Shards are opened when first read, in the process that reads them. A sample that cannot be read becomes a
+    draws. Shards are opened when first read, in the process that reads them. A shard that is away (a blinking file
+    server, a stale handle, a copy that is not complete yet) is opened anew and waited for, for a bounded time; once
+    that was in vain it is only looked at, one time a sample, until it is back. A sample that cannot be read becomes a
     tombstone (zeros, weight 0) and never moves another one; keys on the take-down list become tombstones as well, but
     are no errors.
 
@@ -70,6 +85,7 @@ class ShardDataset(Dataset[Sample]):
         seed: Seed of the draws.
         draws: What is drawn per sample; each draw's name is its random stream.
         max_open_shards: Files that one process keeps open; at least the order's window, or windows thrash.
+        read_retries: Looks at a shard that is away before its sample is given up, see `retry_waits`.
 
     Raises:
         DataError: The split lacks a field or its shape, or the order is of another number of samples.
@@ -86,6 +102,7 @@ class ShardDataset(Dataset[Sample]):
         seed: int,
         draws: DrawSpec,
         max_open_shards: int = MAX_OPEN_SHARDS,
+        read_retries: int = READ_RETRIES,
     ) -> None:
         self.manifest = Manifest.load(manifest_path)
         self.split = split
@@ -97,6 +114,8 @@ class ShardDataset(Dataset[Sample]):
         self._draws = draws
         self._taken_down = read_takedown(self.manifest)
         self._max_open_shards = max_open_shards
+        self._waits = retry_waits(read_retries)
+        self._away: set[int] = set()  # shards that were waited for in vain
         self._readers: Lru[int, ShardReader] | None = None
         self._process = -1
         _check_draws(draws)
@@ -113,21 +132,43 @@ class ShardDataset(Dataset[Sample]):
     def __getitem__(self, position: int) -> Sample:
         place = self.order.sample_at(position)
         sample = Sample(
-            key=f"{self._shards[place.shard].path}#{place.sample}",
+            key="",
             position=position,
             fields={},
             normals={name: normals(self._seed, name, position, shape) for name, shape in self._draws.normals.items()},
             uniforms={name: float(uniforms(self._seed, name, position)[0]) for name in self._draws.uniforms},
         )
         try:
-            self._read(sample, place.shard, place.sample)
+            self._read_patiently(sample, place.shard, place.sample)
         except DataError as error:
-            sample.error = f"{sample.key}: {error}"
+            sample.error = Tombstone(sample.key, self._shards[place.shard].path, str(error))
             self._bury(sample)
         return sample
 
+    def _read_patiently(self, sample: Sample, shard: int, place: int) -> None:
+        """Read, with more than one look at a shard that is away.
+
+        A shard is opened anew for every look after the first, so what is found depends on the files alone and not on
+        what this process met before; only how long it waits does.
+        """
+        again = [0.0] if shard in self._open_readers() else []  # a handle may be stale where the file is well
+        waits = [] if shard in self._away else self._waits
+        for wait in (*again, *waits, None):
+            try:
+                self._read(sample, shard, place)
+                self._away.discard(shard)
+                return
+            except ShardUnavailableError:
+                self._open_readers().discard(shard)
+                if wait is None:
+                    self._away.add(shard)
+                    raise
+                time.sleep(wait)
+
     def _read(self, sample: Sample, shard: int, place: int) -> None:
+        sample.key = f"{self._shards[shard].path}#{place}"
         reader = self._reader(shard)
+        reader.check()
         sample.key = reader.keys[place]
         if sample.key in self._taken_down:
             self._bury(sample)
@@ -137,17 +178,23 @@ class ShardDataset(Dataset[Sample]):
             if not isinstance(value, np.ndarray) or value.shape != self._shapes[name]:
                 found = getattr(value, "shape", type(value).__name__)
                 raise DataError(f"{reader.path}: field {stored!r} is {found}, the manifest says {self._shapes[name]}")
-            sample.fields[name] = value.astype(FIELD_TYPES[name], copy=False)
+            try:
+                sample.fields[name] = _as_field(value, FIELD_TYPES[name])
+            except ValueError as error:
+                raise DataError(f"{reader.path}: field {stored!r} {error}") from error
 
     def _bury(self, sample: Sample) -> None:
         sample.fields = {name: np.zeros(shape, FIELD_TYPES[name]) for name, shape in self._shapes.items()}
         sample.weight = 0.0
 
     def _reader(self, shard: int) -> ShardReader:
+        return self._open_readers().get(shard, lambda: self.manifest.open_shard(self._shards[shard]))
+
+    def _open_readers(self) -> Lru[int, ShardReader]:
         if self._readers is None or self._process != os.getpid():  # a forked worker opens files of its own
             self._readers = Lru(self._max_open_shards, on_drop=ShardReader.close)
             self._process = os.getpid()
-        return self._readers.get(shard, lambda: self.manifest.open_shard(self._shards[shard]))
+        return self._readers
 
     def close(self) -> None:
         """Close the files that this process opened."""
@@ -157,6 +204,21 @@ class ShardDataset(Dataset[Sample]):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_readers": None, "_process": -1}
+
+
+def _as_field(value: np.ndarray[Any, np.dtype[Any]], wanted: type[np.generic]) -> np.ndarray[Any, np.dtype[np.generic]]:
+    """The array in the type of its field.
+
+    Raises:
+        ValueError: Another kind of numbers, or numbers that are not finite: one would make the whole step's loss NaN.
+    """
+    if not np.can_cast(value.dtype, wanted, casting="same_kind"):
+        raise ValueError(f"holds {value.dtype}, {np.dtype(wanted)} is needed")
+    with np.errstate(over="ignore"):  # a number beyond float16 is infinite then, and refused below
+        cast = value.astype(wanted, copy=False)
+    if np.issubdtype(wanted, np.floating) and not np.isfinite(cast).all():
+        raise ValueError(f"holds {int((~np.isfinite(cast)).sum())} of {cast.size} values that are not finite")
+    return cast
 
 
 def _field_shapes(manifest: Manifest, split: str, fields: Mapping[str, str]) -> dict[str, tuple[int, ...]]:

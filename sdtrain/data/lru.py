@@ -38,6 +38,15 @@ class Lru(Generic[Key, Value]):
             self._drop(self._values.popitem(last=False)[1])
         return value
 
+    def __contains__(self, key: Key) -> bool:
+        """Whether a value is cached; does not count as a use."""
+        return key in self._values
+
+    def discard(self, key: Key) -> None:
+        """Drop one value, if it is cached."""
+        if key in self._values:
+            self._drop(self._values.pop(key))
+
     def clear(self) -> None:
         """Drop everything."""
         while self._values:

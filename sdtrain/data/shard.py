@@ -38,6 +38,14 @@ _MAX_NAME = 100  # the name field of a ustar header
 _BLOCK = tarfile.BLOCKSIZE
 
 
+class ShardUnavailableError(DataError):
+    """A shard or its sidecar is away, unreadable or incomplete: it may come back, so it is worth another look."""
+
+
+class ChecksumError(DataError):
+    """Bytes that were read in full are not those that were written."""
+
+
 def index_path(shard: Path) -> Path:
     """The sidecar's name."""
     return shard.with_name(shard.name + ".index.json")
@@ -148,7 +156,12 @@ def _members(source: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _pread(handle: int, size: int, offset: int, source: Path) -> bytes:
-    """Exactly `size` bytes, or a DataError that names the shard."""
+    """Exactly `size` bytes.
+
+    Raises:
+        ShardUnavailableError: The bytes are not there, or not all of them.
+        DataError: More than `MAX_FIELD_BYTES` are asked for.
+    """
     if size > MAX_FIELD_BYTES:
         raise DataError(f"{source}: a field of {size} bytes at {offset}; at most {MAX_FIELD_BYTES} are read")
     try:
@@ -159,9 +172,9 @@ def _pread(handle: int, size: int, offset: int, source: Path) -> bytes:
                 break
             data += piece
     except OSError as error:
-        raise DataError(f"{source}: cannot read {size} bytes at {offset}: {error}") from error
+        raise ShardUnavailableError(f"{source}: cannot read {size} bytes at {offset}: {error}") from error
     if len(data) != size:
-        raise DataError(f"{source}: {len(data)} of {size} bytes found at {offset}; the tar is cut off")
+        raise ShardUnavailableError(f"{source}: {len(data)} of {size} bytes found at {offset}; the tar is cut off")
     return data
 
 
@@ -306,7 +319,8 @@ class ShardReader:
         index_sha256: The sidecar's digest as the manifest says it; None trusts the sidecar.
 
     Raises:
-        DataError: Tar or sidecar missing, damaged, or not belonging together.
+        ShardUnavailableError: Tar or sidecar missing, incomplete, or not belonging together.
+        DataError: A sidecar that nobody vouches for is damaged.
     """
 
     def __init__(self, path: Path, *, index_sha256: str | None = None) -> None:
@@ -315,14 +329,12 @@ class ShardReader:
         try:
             self._handle = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"{path}: cannot open the shard: {error.strerror}") from error
-        size = os.fstat(self._handle).st_size
-        if size != self.index.size_bytes:
+            raise ShardUnavailableError(f"{path}: cannot open the shard: {error.strerror}") from error
+        try:
+            self.check()
+        except ShardUnavailableError:
             self.close()
-            raise DataError(
-                f"{path}: {size} bytes found, its index says {self.index.size_bytes}; "
-                "the tar is cut off or was replaced, fetch it again"
-            )
+            raise
 
     @property
     def keys(self) -> list[str]:
@@ -337,18 +349,38 @@ class ShardReader:
     def __len__(self) -> int:
         return len(self.index.keys)
 
+    def check(self) -> None:
+        """Whether the open file still is the whole shard, as whoever opens it now would find it.
+
+        Raises:
+            ShardUnavailableError: It was removed or cut off since it was opened.
+        """
+        try:
+            facts = os.fstat(self._handle)
+        except OSError as error:
+            raise ShardUnavailableError(f"{self.path}: the open shard is lost: {error.strerror}") from error
+        if facts.st_size != self.index.size_bytes:
+            raise ShardUnavailableError(
+                f"{self.path}: {facts.st_size} bytes found, its index says {self.index.size_bytes}; "
+                "the tar is cut off or was replaced, fetch it again"
+            )
+        if facts.st_nlink == 0:
+            raise ShardUnavailableError(f"{self.path}: the shard was removed or replaced while it was open")
+
     def read(self, sample: int, field: str) -> bytes:
         """The bytes of one field, checked against their checksum.
 
         Raises:
-            DataError: No such field, bytes missing or changed.
+            ShardUnavailableError: The bytes cannot be read just now.
+            ChecksumError: They are not those that were written.
+            DataError: No such field.
         """
         columns = self.index.fields.get(field)
         if columns is None or columns.size[sample] == ABSENT:
             raise DataError(f"{self.path}: sample {self.keys[sample]!r} has no field {field!r}; it has {self.fields}")
         data = _pread(self._handle, columns.size[sample], columns.offset[sample], self.path)
         if zlib.crc32(data) != columns.crc32[sample]:
-            raise DataError(f"{self.path}: field {field!r} of sample {self.keys[sample]!r} fails its checksum")
+            raise ChecksumError(f"{self.path}: field {field!r} of sample {self.keys[sample]!r} fails its checksum")
         return data
 
     def decode(self, sample: int, field: str) -> Any:
@@ -380,18 +412,19 @@ def read_index(path: Path, *, index_sha256: str | None = None) -> ShardIndex:
     """The sidecar of the tar at `path`.
 
     Raises:
-        DataError: Missing, damaged, or not the one that `index_sha256` names.
+        ShardUnavailableError: Missing, or not (yet) the one that `index_sha256` names.
+        DataError: Damaged, where `index_sha256` is None.
     """
     sidecar = index_path(path)
     try:
         data = sidecar.read_bytes()
     except OSError as error:
-        raise DataError(
+        raise ShardUnavailableError(
             f"{sidecar}: cannot read the shard index: {error.strerror}; write it with build_index"
         ) from error
     found = hashlib.sha256(data).hexdigest()
     if index_sha256 is not None and found != index_sha256:
-        raise DataError(
+        raise ShardUnavailableError(
             f"{sidecar}: sha256 {found} found, the manifest says {index_sha256}; the index is damaged or was replaced"
         )
     return ShardIndex.from_json(data, sidecar)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sdtrain import distributed
 from sdtrain.data.randomness import philox_bits
 from sdtrain.errors import DataError, DivergedError
-from sdtrain.records import Batch, Task
+from sdtrain.records import Batch, Task, Tombstone
 from sdtrain.training.engine import Engine, StepResult
 
 Event = Callable[[int], None]
@@ -108,7 +108,7 @@ class Trainer:
 
     Attributes:
         step: Finished optimiser steps; sample positions below `step * batch_size` are consumed.
-        tombstones: `key: reason` of every sample that this rank could not read.
+        tombstones: Every sample that this rank could not read.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Trainer:
         self.engines = engines
         self.settings = settings
         self.step = start_step
-        self.tombstones: list[str] = []
+        self.tombstones: list[Tombstone] = []
         self._batches = batches
         self._learning_rate = learning_rate
         self._events = events
@@ -175,7 +175,7 @@ class Trainer:
         allowed = max(1.0, self.settings.max_bad_fraction * self._samples_read)
         bad = int(distributed.max_over_ranks(len(self.tombstones)))
         if bad > allowed:
-            listed = "\n  ".join(self.tombstones[:20]) or "(all on other ranks)"
+            listed = "\n  ".join(map(str, self.tombstones[:20])) or "(all on other ranks)"
             raise DataError(
                 f"{bad} of {self._samples_read} samples of one rank could not be read; data.max_bad_fraction = "
                 f"{self.settings.max_bad_fraction:g} allows {int(allowed)}. The first ones of this rank:\n  {listed}\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdtrain.records import Batch, Conditioning, DrawSpec
+from sdtrain.records import Batch, Conditioning, DrawSpec, Tombstone
 
 
 def conditioning(value: float, batch: int = 2) -> Conditioning:
@@ -64,11 +64,12 @@ def test_a_batch_moves_all_its_tensors_and_keeps_its_words() -> None:
         normals={"noise": torch.zeros(2, 4)},
         uniforms={"timestep": torch.zeros(2, dtype=torch.float64)},
         weights=torch.ones(2),
-        errors=("b: torn",),
+        errors=(Tombstone("b", "0.tar", "torn"),),
     )
     moved = batch.to("meta")
     assert len(moved) == 2
-    assert (moved.keys, moved.errors) == (("a", "b"), ("b: torn",))
+    assert (moved.keys, moved.errors) == (("a", "b"), (Tombstone("b", "0.tar", "torn"),))
+    assert str(moved.errors[0]) == "b: torn"
     tensors = [
         moved.positions,
         moved.weights,

@@ -47,6 +47,7 @@ def make(manifest: Manifest, *, shuffle: bool = True) -> ShardDataset:
         order=order_of(manifest, "train", seed=5, window_shards=2, shuffle=shuffle),
         seed=5,
         draws=DRAWS,
+        read_retries=0,
     )
 
 
@@ -174,7 +175,8 @@ def test_errors_of_tombstones_reach_the_batch(manifest: Manifest, tmp_path: Path
         zeros += len(batch.errors)
         seen += batch.errors
     assert zeros == len([p for p in range(36) if dataset.order.sample_at(p).shard == 1]) >= PER_SHARD
-    assert all("00001.tar: cannot open the shard: No such file" in error for error in seen)
+    assert all("00001.tar: cannot open the shard: No such file" in error.reason for error in seen)
+    assert {error.shard for error in seen} == {"00001.tar"}
 
 
 def test_the_runs_own_random_state_is_left_alone(manifest: Manifest):

@@ -35,3 +35,13 @@ def test_it_pickles():
 def test_no_capacity_is_refused():
     with pytest.raises(ValueError, match="cache capacity 0: at least 1 is needed"):
         Lru(0)
+
+
+def test_one_value_can_be_dropped():
+    dropped: list[str] = []
+    cache: Lru[int, str] = Lru(2, on_drop=dropped.append)
+    cache.get(1, lambda: "a")
+    assert 1 in cache
+    cache.discard(1)
+    cache.discard(2)
+    assert (dropped, 1 in cache, len(cache)) == (["a"], False, 0)

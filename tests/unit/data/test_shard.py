@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 
 from sdtrain.data import shard as shard_module
-from sdtrain.data.shard import ABSENT, ShardReader, ShardWriter, build_index, index_path, read_index, scan_tar
+from sdtrain.data.shard import (
+    ABSENT,
+    ChecksumError,
+    ShardReader,
+    ShardUnavailableError,
+    ShardWriter,
+    build_index,
+    index_path,
+    read_index,
+    scan_tar,
+)
 from sdtrain.errors import DataError
 
 
@@ -358,3 +368,34 @@ def test_a_field_that_cannot_be_decoded_is_named(tmp_path: Path):
         pytest.raises(DataError, match=r"a.tar: field 'jpg' of sample 'k': image starts with b'no image'; only JPEG"),
     ):
         reader.decode(0, "jpg")
+
+
+def test_an_open_shard_that_is_removed_or_cut_off_is_noticed(tmp_path: Path):
+    path = write_shard(tmp_path / "a.tar")
+    with ShardReader(path) as reader:
+        reader.check()
+        os.truncate(path, 100)
+        with pytest.raises(ShardUnavailableError, match=r"a.tar: 100 bytes found, its index says \d+; the tar is cut"):
+            reader.check()
+    path = write_shard(tmp_path / "b.tar")
+    with ShardReader(path) as reader:
+        path.unlink()
+        with pytest.raises(ShardUnavailableError, match=r"b.tar: the shard was removed or replaced while it was open"):
+            reader.check()
+        assert reader.decode(3, "txt") == "caption 3 ü"
+        os.close(reader._handle)
+        with pytest.raises(ShardUnavailableError, match=r"b.tar: the open shard is lost: Bad file descriptor"):
+            reader.check()
+        reader._handle = os.open(tmp_path, os.O_RDONLY)
+
+
+def test_only_what_may_come_back_is_called_unavailable(tmp_path: Path):
+    assert issubclass(ShardUnavailableError, DataError)
+    path = write_shard(tmp_path / "a.tar")
+    with ShardReader(path) as reader:
+        data = bytearray(path.read_bytes())
+        data[reader.index.fields["txt"].offset[0]] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(ChecksumError, match=r"a.tar: field 'txt' of sample '00000' fails its checksum"):
+            reader.read(0, "txt")
+        assert not issubclass(ChecksumError, ShardUnavailableError)

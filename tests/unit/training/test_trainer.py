@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdtrain import distributed
 from sdtrain.errors import DataError, DivergedError, ExitCode
-from sdtrain.records import Batch, DrawSpec, LossOutput, Trainable
+from sdtrain.records import Batch, DrawSpec, LossOutput, Tombstone, Trainable
 from sdtrain.training import trainer as trainer_module
 from sdtrain.training.trainer import Periodic, Report, Trainer, TrainerSettings, Window
 from tests.engines import PlainEngine
@@ -56,7 +56,7 @@ def micro_batch(first: int, bad: Sequence[int] = ()) -> Batch:
         normals={},
         uniforms={},
         weights=torch.tensor([0.0 if position in bad else 1.0 for position in positions]),
-        errors=tuple(f"{position}: torn" for position in positions if position in bad),
+        errors=tuple(Tombstone(str(position), "0.tar", "torn") for position in positions if position in bad),
     )
 
 
@@ -321,7 +321,7 @@ def test_too_many_unreadable_samples_end_the_run_by_name() -> None:
 def test_few_unreadable_samples_do_not_end_the_run() -> None:
     trainer = make({"denoiser": PlainEngine()}, bad=[4, 6], settings={"max_bad_fraction": 0.25})
     assert trainer.fit() is True
-    assert trainer.tombstones == ["4: torn", "6: torn"]
+    assert [str(tombstone) for tombstone in trainer.tombstones] == ["4: torn", "6: torn"]
 
 
 def test_a_single_unreadable_sample_never_ends_a_run() -> None:
