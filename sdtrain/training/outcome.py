@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import sys
+import time
 import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sdtrain import distributed
-from sdtrain.errors import ExitCode, SdtrainError
+from sdtrain.errors import ExitCode, NoProgressError, SdtrainError
 from sdtrain.run_dir import Exit, RunDir
-
-log = logging.getLogger(__name__)
 
 LOST_PEER_SIGNS = (
     "connection closed by peer",
     "connection reset by peer",
     "broken pipe",
     "timed out waiting",
+    "timed out after",
     "remote process exited",
     "nccl communicator was aborted",
 )
+LOST_PEER_SECONDS = 5.0
+"""How long a rank that lost a peer waits for the word of who knows more: the peer, or the peer's watchdog."""
+MAX_FRUITLESS_ATTEMPTS = 3
 
 
 def code_of(error: BaseException) -> ExitCode:
@@ -46,7 +50,7 @@ def leave_together(run: RunDir, attempt: str, code: ExitCode, reason: str, step:
 def leave_broken(run: RunDir, attempt: str, error: BaseException, step: int) -> ExitCode:
     """An unplanned end of this rank: leave the word without asking the others, who may wait in a collective.
 
-    The first cause wins: a rank that only lost its peer does not overwrite the peer's own reason.
+    The first cause wins: a rank that only lost its peer waits for the peer's own reason, and never overwrites it.
     """
     code = code_of(error)
     rank = distributed.ranks().rank
@@ -54,10 +58,62 @@ def leave_broken(run: RunDir, attempt: str, error: BaseException, step: int) -> 
         traceback.print_exception(error)
     else:
         print(f"rank {rank}: {error}", file=sys.stderr)
-    standing = run.read_exit()
-    is_first = standing is None or standing.attempt != attempt
-    if is_first or (standing is not None and standing.code == ExitCode.HANG and code != ExitCode.HANG):
-        reason = f"{type(error).__name__}: {error}"
-        run.write_exit(Exit(int(code), reason, step, rank, attempt))
-        run.log("end", attempt=attempt, code=int(code), reason=reason, step=step, rank=rank)
+    if code is ExitCode.HANG and _another_left_a_word(run, attempt):
+        return code
+    run.leave_word(Exit(int(code), f"{type(error).__name__}: {error}", step, rank, attempt))
     return code
+
+
+def _another_left_a_word(run: RunDir, attempt: str) -> bool:
+    end = time.monotonic() + LOST_PEER_SECONDS
+    while time.monotonic() < end:
+        word = run.read_exit()
+        if word is not None and word.attempt == attempt:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def refuse_to_spin(run: RunDir, *, step: int, config_sha256: str) -> None:
+    """Stop a run that is started again and again and dies each time before its next checkpoint; collective.
+
+    Args:
+        run: Its ledger tells.
+        step: Where this attempt would begin.
+        config_sha256: Digest of its page: who changed a setting gets a new chance.
+
+    Raises:
+        NoProgressError: The last `MAX_FRUITLESS_ATTEMPTS` attempts began here too and came to nothing.
+    """
+    is_main = distributed.ranks().is_main
+    endings = fruitless(run.ledger_rows(), step=step, config_sha256=config_sha256) if is_main else []
+    endings = distributed.broadcast_object(endings)
+    if len(endings) < MAX_FRUITLESS_ATTEMPTS:
+        return
+    listed = "\n  ".join(endings[:MAX_FRUITLESS_ATTEMPTS])
+    raise NoProgressError(
+        f"the last {len(endings)} attempts began at step {step} as well and ended without a new checkpoint, the "
+        f"newest first:\n  {listed}\nAnother start would end alike. Mend the cause and say where to start "
+        "(--resume CHECKPOINT, or --resume never where nothing is saved yet), or change the page, for example "
+        "checkpoint.every_steps if an attempt is too short for one."
+    )
+
+
+def fruitless(rows: Sequence[Mapping[str, Any]], *, step: int, config_sha256: str) -> list[str]:
+    """How the last attempts ended, newest first, as long as they began alike, committed nothing and did not end well.
+
+    Args:
+        rows: The ledger's rows.
+        step: Where they began.
+        config_sha256: Digest of their page.
+    """
+    committed = {row.get("attempt") for row in rows if row.get("event") == "commit"}
+    ends = {row.get("attempt"): row for row in rows if row.get("event") == "end"}
+    endings: list[str] = []
+    for start in reversed([row for row in rows if row.get("event") == "start"]):
+        attempt, end = start.get("attempt"), ends.get(start.get("attempt"), {})
+        is_alike = (start.get("step"), start.get("config_sha256")) == (step, config_sha256)
+        if not is_alike or attempt in committed or end.get("code") == ExitCode.DONE:
+            break
+        endings.append(f"{attempt}: {end.get('reason', 'died without a word')}")
+    return endings

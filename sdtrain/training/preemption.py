@@ -21,12 +21,19 @@ class Request(IntEnum):
     REQUEUE = 3
 
 
+class Interrupted(Exception):
+    """A long event is left on all ranks together, because one of them was asked to leave the run."""
+
+
 _SIGNALS = {signal.SIGUSR1: Request.REQUEUE, signal.SIGTERM: Request.REQUEUE, signal.SIGINT: Request.STOP}
 _FILES = {"SAVE": Request.SAVE, "STOP": Request.STOP}
 
 
 class Preemption:
-    """Remembers signals and looks for `SAVE` and `STOP` files in the run folder; the loop acts at a step boundary.
+    """Remembers signals, looks for `SAVE` and `STOP` files in the run folder, and keeps the run's own time limit.
+
+    The loop acts at a step boundary. Events that take long ask in between and are left at once; a save is always
+    finished, so no signal, however often it comes, leaves half of one behind.
 
     USR1 and TERM come from the scheduler (time limit, preemption): save, leave, be started again. INT comes from a
     keyboard, STOP from a person: save and leave. SAVE saves and goes on. A handler only sets a flag: anything more
@@ -38,16 +45,27 @@ class Preemption:
         folder: Path,
         *,
         watch_files: bool = True,
+        max_hours: float | None = None,
         poll_every_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Watch `folder`; give `watch_files` on rank 0 alone, so that a thousand ranks do not poll one server."""
+        """Watch `folder`; the time limit begins now.
+
+        Args:
+            folder: The run's folder.
+            watch_files: On rank 0 alone, so that a thousand ranks do not poll one server.
+            max_hours: After this time the run saves and asks to be started again.
+            poll_every_seconds: Least time between two looks at the folder.
+            clock: Seconds that do not jump.
+        """
         self._files = {folder / name: asked for name, asked in _FILES.items()} if watch_files else {}
         self._poll_every_seconds = poll_every_seconds
         self._clock = clock
         self._next_poll = -float("inf")
+        self._max_hours = max_hours
+        self._end = float("inf") if max_hours is None else clock() + max_hours * 3600
         self._by_file = (Request.NONE, "")
-        self._by_signal = (Request.NONE, "")  # never taken back: who was told to leave leaves
+        self._for_good = (Request.NONE, "")  # never taken back: who was told to leave leaves
         self._interrupts = 0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -80,15 +98,17 @@ class Preemption:
     @property
     def request(self) -> Request:
         """The strongest request seen so far; looks for no files."""
-        return max(self._by_signal[0], self._by_file[0])
+        return max(self._for_good[0], self._by_file[0])
 
     @property
     def reason(self) -> str:
         """Where the strongest request came from, such as `SIGUSR1` or `STOP file`; empty if nothing is asked."""
-        return max(self._by_signal, self._by_file, key=lambda asked: asked[0])[1]
+        return max(self._for_good, self._by_file, key=lambda asked: asked[0])[1]
 
     def poll(self) -> Request:
         """The strongest request so far; cheap enough for every step. Ranks agree by the maximum of it."""
+        if self._clock() >= self._end:
+            self._ask((Request.REQUEUE, f"trainer.max_hours = {self._max_hours:g} is over"))
         if self._files and self._clock() >= self._next_poll:
             self._next_poll = self._clock() + self._poll_every_seconds
             there = [(asked, f"{path.name} file") for path, asked in self._files.items() if path.exists()]
@@ -109,5 +129,9 @@ class Preemption:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
-        self._by_signal = max(self._by_signal, (_SIGNALS[signal.Signals(number)], name), key=lambda asked: asked[0])
-        os.write(2, f"{name}: acting on it at the end of this step\n".encode())  # unlike logging, safe in a handler
+        self._ask((_SIGNALS[signal.Signals(number)], name))
+        os.write(2, f"{name}: saving and leaving as soon as this step allows\n".encode())  # safe in a handler
+
+    def _ask(self, asked: tuple[Request, str]) -> None:
+        """Remember a request that is never taken back; of two equal ones the first counts."""
+        self._for_good = max(self._for_good, asked, key=lambda one: one[0])
