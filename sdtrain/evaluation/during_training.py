@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +22,22 @@ from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
 
 
 @torch.no_grad()
-def validate(config: TrainingConfig, task: Task, manifest: Manifest) -> dict[str, float]:
+def validate(
+    config: TrainingConfig, task: Task, manifest: Manifest, pause: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """Means over the first validation samples with the same draws every time; collective.
 
     Timesteps are spread evenly over `timestep_bins` bins, so that the mean hides no part of the schedule and two
-    validations differ by the weights alone; each bin's mean is a figure of its own.
+    validations differ by the weights alone; each bin's mean is a figure of its own. `pause` is called before every
+    batch, equally often on all ranks, and may raise to leave early.
     """
     settings = config.validation
     assert settings is not None, "called where the page has a validation section"
     place = distributed.ranks()
+    num_samples = min(settings.num_samples, manifest.num_samples("validation"))
     loader = validation_loader(
         build.build_dataset(config, manifest, task.draws, split="validation"),
-        num_samples=min(settings.num_samples, manifest.num_samples("validation")),
+        num_samples=num_samples,
         batch_size=settings.batch_size,
         world_size=place.world_size,
         rank=place.rank,
@@ -39,7 +45,12 @@ def validate(config: TrainingConfig, task: Task, manifest: Manifest) -> dict[str
         prefetch=1,
     )
     columns: dict[str, list[torch.Tensor]] = {}
-    for batch in loader:
+    batches = iter(loader)
+    for _ in range(math.ceil(math.ceil(num_samples / place.world_size) / settings.batch_size)):  # of the longest part
+        pause()
+        batch = next(batches, None)
+        if batch is None:
+            continue
         on_device = batch.to(distributed.device())
         figures = dict(task.validate(on_device))
         read = on_device.weights > 0
@@ -64,8 +75,13 @@ def _means(columns: dict[str, torch.Tensor], config: TrainingConfig, num_bins: i
     return means
 
 
-def sample(config: TrainingConfig, task: Task, step: int) -> list[Path]:
-    """A grid of the page's prompts with its fixed seeds; collective, each rank draws its share."""
+def sample(
+    config: TrainingConfig, task: Task, step: int, pause: Callable[[], None] = lambda: None
+) -> list[Path]:
+    """A grid of the page's prompts with its fixed seeds; collective, each rank draws its share.
+
+    `pause` is called after every step of the sampler, equally often on all ranks, and may raise to leave early.
+    """
     settings = config.samples
     if settings is None or not isinstance(task, LatentDiffusionTask):
         return []
@@ -78,9 +94,13 @@ def sample(config: TrainingConfig, task: Task, step: int) -> list[Path]:
             [settings.seed + index for index in mine],
             num_steps=settings.num_steps,
             guidance_scale=settings.guidance_scale,
+            callback=lambda index, latents: pause(),
         )
         drawn = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         pixels = dict(zip(mine, drawn, strict=True))
+    else:
+        for _ in range(settings.num_steps):
+            pause()
     everything: dict[int, np.ndarray] = {}
     for part in distributed.gather_objects(pixels):
         everything |= part

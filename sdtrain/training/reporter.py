@@ -12,6 +12,7 @@ import torch
 from sdtrain import distributed
 from sdtrain.training.metrics import MetricsLog, Throughput
 from sdtrain.training.progress import Progress
+from sdtrain.training.stragglers import Stragglers
 from sdtrain.training.tracking import Tracker
 from sdtrain.training.trainer import Report
 
@@ -35,14 +36,16 @@ class Reporter:
     throughput: Throughput
     max_steps: int
     batch_size: int
+    stragglers: Stragglers | None = None
 
     def report(self, report: Report) -> None:
         """Log one report of the loop; called on all ranks, rank 0 writes."""
         self.throughput.add(images=report.images, seconds=report.seconds, data_wait_seconds=report.data_wait_seconds)
         memory = distributed.max_over_ranks(memory_gib())
+        ranks = {} if self.stragglers is None else self.stragglers.figures(report.seconds)
         if self.metrics is None:
             return
-        figures = self._figures(report) | {"train/memory_gib": memory}
+        figures = self._figures(report) | {"train/memory_gib": memory} | ranks
         self.log(report.step, figures)
         if self.progress is not None:
             self.progress.update(

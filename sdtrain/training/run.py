@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 
@@ -28,19 +30,27 @@ from sdtrain.records import Batch, Task
 from sdtrain.run_dir import RunDir, write_atomically
 from sdtrain.training import environment
 from sdtrain.training.engine import DTYPES, Engine, EngineSettings
+from sdtrain.training.heartbeat import LEAVING, Patience
 from sdtrain.training.keeper import CheckpointKeeper
 from sdtrain.training.lr_schedule import learning_rate_at
 from sdtrain.training.metrics import MetricsLog, Throughput
-from sdtrain.training.outcome import leave_broken, leave_together
-from sdtrain.training.preemption import Preemption, Request
+from sdtrain.training.outcome import leave_broken, leave_together, refuse_to_spin
+from sdtrain.training.preemption import Interrupted, Preemption, Request
 from sdtrain.training.progress import Progress
 from sdtrain.training.reporter import Reporter
+from sdtrain.training.stragglers import Stragglers, WorkClock
 from sdtrain.training.tracking import Tracker
-from sdtrain.training.trainer import Periodic, Trainer, TrainerSettings
+from sdtrain.training.trainer import Periodic, Report, Trainer, TrainerSettings
+from sdtrain.training.watchdog import Watched
 
 log = logging.getLogger(__name__)
 
 Resume = Literal["auto", "never"] | Path
+Pause = Callable[[], None]
+"""Called between the parts of a long event, equally often on all ranks; raises where the run must be left."""
+T = TypeVar("T")
+GROUP_GRACE_SECONDS = 60.0
+"""How much longer collectives wait than a watchdog, which knows more about who is missing."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +58,13 @@ class Hooks:
     """What rooms above training do at its step boundaries, handed down as callables; all are collective.
 
     Attributes:
-        validate: (config, task, manifest) -> figures by name.
-        sample: (config, task, step) -> image files to show, on rank 0.
+        validate: (config, task, manifest, pause) -> figures by name.
+        sample: (config, task, step, pause) -> image files to show, on rank 0.
         finish: (config, run folder) -> None, after the last checkpoint: the weights export.
     """
 
-    validate: Callable[[TrainingConfig, Task, Manifest], Mapping[str, float]] | None = None
-    sample: Callable[[TrainingConfig, Task, int], list[Path]] | None = None
+    validate: Callable[[TrainingConfig, Task, Manifest, Pause], Mapping[str, float]] | None = None
+    sample: Callable[[TrainingConfig, Task, int, Pause], list[Path]] | None = None
     finish: Callable[[TrainingConfig, RunDir], None] | None = None
 
 
@@ -64,15 +74,15 @@ def train(config: TrainingConfig, *, resume: Resume = "auto", hooks: Hooks | Non
     The process's exit code is DONE for a complete or deliberately stopped run, REQUEUE where the scheduler wants the
     node back, and an error's own code otherwise.
     """
-    distributed.initialize(timeout_seconds=config.trainer.timeout_seconds)
-    folder = RunDir(config.resolved_run_dir)
-    attempt: str = distributed.broadcast_object(folder.new_attempt())
-    run = Attempt(config, folder, attempt, hooks or Hooks())
+    run = Attempt(config, RunDir(config.resolved_run_dir), hooks or Hooks())
     try:
+        run.meet()
         code, reason = run.go(resume)
-        leave_together(folder, attempt, code, reason, run.step)
+        run.beat(LEAVING)
+        leave_together(run.folder, run.attempt, code, reason, run.step)
     except BaseException as error:
-        code = leave_broken(folder, attempt, error, run.step)
+        run.beat(LEAVING)
+        code = leave_broken(run.folder, run.attempt, error, run.step)
     run.close()
     # No farewells of interpreter and torch: after an error other ranks may wait in a collective that this one never
     # joins, and the threads of process groups that DeepSpeed keeps can abort a finished process while it is torn down.
@@ -93,12 +103,21 @@ def averaged(engines: Mapping[str, Engine]) -> Iterator[None]:
 class Attempt:
     """One start of a run, from an empty or a half-trained folder to its end."""
 
-    def __init__(self, config: TrainingConfig, folder: RunDir, attempt: str, hooks: Hooks) -> None:
+    def __init__(self, config: TrainingConfig, folder: RunDir, hooks: Hooks) -> None:
+        trainer, place = config.trainer, distributed.ranks()
         self.config = config
         self.folder = folder
-        self.attempt = attempt
         self.hooks = hooks
-        self.preemption = Preemption(folder.path, watch_files=distributed.ranks().is_main)
+        self.attempt = folder.new_attempt()
+        self.watched = Watched(
+            folder,
+            rank=place.rank,
+            world_size=place.world_size,
+            patience=Patience(step_seconds=trainer.step_timeout_seconds, long_seconds=trainer.timeout_seconds),
+            attempt=self.attempt,
+        )
+        self.work = WorkClock(on_device=torch.cuda.is_available())
+        self.preemption = Preemption(folder.path, watch_files=place.is_main, max_hours=trainer.max_hours)
         self.reporter: Reporter | None = None
         self.trainer: Trainer | None = None
         self.batches: Generator[tuple[int, int, Batch]] | None = None
@@ -108,10 +127,22 @@ class Attempt:
         """Finished steps."""
         return 0 if self.trainer is None else self.trainer.step
 
+    def beat(self, phase: str, step: int | None = None, micro_step: int = 0) -> None:
+        """Tell the watchdog where this rank is; at the same places on all ranks."""
+        self.watched.heartbeat.beat(phase, step, micro_step)
+        self.work.beat(phase)
+
+    def meet(self) -> None:
+        """Join the other ranks, which may never come, and agree on this attempt's name."""
+        self.preemption.install()
+        self.beat("rendezvous")
+        distributed.initialize(timeout_seconds=self.config.trainer.timeout_seconds + GROUP_GRACE_SECONDS)
+        self.attempt = distributed.broadcast_object(self.attempt)
+        self.watched.heartbeat.name_attempt(self.attempt)
+
     def go(self, resume: Resume) -> tuple[ExitCode, str]:
         """Build everything, resume, train, finish."""
         config, place = self.config, distributed.ranks()
-        self.preemption.install()
         accumulation = grad_accum_steps(config, place.world_size)
         manifest = Manifest.load(config.data.manifest)
         build.check_manifest(config, manifest)
@@ -121,18 +152,26 @@ class Attempt:
         checkpoint = find(self.folder.checkpoints, resume)
         if checkpoint is not None:
             refuse_on_resume(load_training(checkpoint.path / "config.yaml"), config)
+        start = 0 if checkpoint is None else checkpoint.step
+        self._announce(checkpoint, start, resume)
+        self.beat("build", start)
         torch.manual_seed(config.seed)  # every rank initialises the same network
         task = build.build_task(config, manifest)
         engines = self._engines(task, accumulation)
-        distributed.set_timeout(config.trainer.timeout_seconds)
+        distributed.set_timeout(config.trainer.timeout_seconds + GROUP_GRACE_SECONDS)
         keeper = self._keeper(manifest, engines)
-        start = 0 if checkpoint is None else keeper.restore(checkpoint)
+        self.beat("restore")
+        if checkpoint is not None:
+            keeper.restore(checkpoint)
         max_steps = build.max_steps(config, manifest)
-        self._write_down(checkpoint, start)
+        self._write_down()
         self.reporter = self._reporter(start, max_steps)
         self.trainer = self._trainer(task, manifest, engines, keeper, start, max_steps, accumulation)
-        complete = self.trainer.fit()
+        is_told = distributed.max_over_ranks(self.preemption.poll()) >= Request.REQUEUE  # while it was built
+        complete = not is_told and self.trainer.fit()
+        self.beat("save")
         keeper.finish(self.trainer.step)
+        self.beat("export")
         if complete and self.hooks.finish is not None:
             self.hooks.finish(config, self.folder)
         return self._verdict(complete)
@@ -144,6 +183,7 @@ class Attempt:
             self.batches.close()
         if self.reporter is not None:
             self.reporter.close()
+        self.watched.close()
 
     def _verdict(self, complete: bool) -> tuple[ExitCode, str]:
         if complete:
@@ -214,19 +254,27 @@ class Attempt:
         if self.reporter is not None:
             self.reporter.log(self.step, {"train/checkpoint_stall_seconds": saved.stall_seconds})
 
-    def _write_down(self, checkpoint: Checkpoint | None, start: int) -> None:
-        """Leave the resolved page, the surroundings and the start of this attempt in the run folder."""
+    def _announce(self, checkpoint: Checkpoint | None, start: int, resume: Resume) -> None:
+        """Log the start of this attempt, unless it would end like the last ones; who says where to start knows more."""
+        page = hashlib.sha256(dump_yaml(self.config).encode()).hexdigest()
+        if resume == "auto":
+            refuse_to_spin(self.folder, step=start, config_sha256=page)
         if not distributed.ranks().is_main:
             return
-        facts = environment.describe()
-        write_atomically(self.folder.config, dump_yaml(self.config))
-        write_atomically(self.folder.environment, json.dumps(facts, indent=2) + "\n")
         resumed = None if checkpoint is None else checkpoint.path.name
-        self.folder.log("start", attempt=self.attempt, resumed_from=resumed, step=start, world_size=facts["world_size"])
+        world_size = distributed.ranks().world_size
+        facts = {"resumed_from": resumed, "step": start, "world_size": world_size, "config_sha256": page}
+        self.folder.log("start", attempt=self.attempt, **facts)
         print(
             f"attempt {self.attempt}: {'resumes from ' + resumed if resumed else 'starts afresh'}, step {start}",
             flush=True,
         )
+
+    def _write_down(self) -> None:
+        """Leave the resolved page and the surroundings in the run folder."""
+        if distributed.ranks().is_main:
+            write_atomically(self.folder.config, dump_yaml(self.config))
+            write_atomically(self.folder.environment, json.dumps(environment.describe(), indent=2) + "\n")
 
     def _reporter(self, start: int, max_steps: int) -> Reporter:
         config, main = self.config, distributed.ranks().is_main
@@ -237,6 +285,7 @@ class Attempt:
             throughput=Throughput(),
             max_steps=max_steps,
             batch_size=config.data.batch_size,
+            stragglers=Stragglers(self.work, distributed.gather_objects(socket.gethostname())),
         )
 
     def _trainer(
@@ -277,9 +326,15 @@ class Attempt:
             learning_rate=lambda name, applied: self._learning_rate(task, name, applied, max_steps),
             start_step=start,
             events=self._events(task, manifest, engines, keeper),
-            on_report=self.reporter.report,
+            on_report=self._report,
+            beat=self.beat,
             leaves_after=lambda step: self._leaves_after(step, keeper),
         )
+
+    def _report(self, report: Report) -> None:
+        assert self.reporter is not None
+        self.watched.check()
+        self.reporter.report(report)
 
     def _learning_rate(self, task: Task, name: str, applied: int, max_steps: int) -> float:
         optimizer = self.config.optimizer
@@ -300,8 +355,10 @@ class Attempt:
         The strongest request of any rank is what all ranks do. A rank that still writes counts for less than any
         request, since what a request leads to waits for the writing anyway.
         """
+        self.beat("agree", step)
         writing = Request.NONE + 0.5 if keeper.is_writing else Request.NONE
         request = distributed.max_over_ranks(max(writing, self.preemption.poll()))
+        self.beat("save")
         if request == Request.NONE:
             keeper.join()
         if request == Request.SAVE:
@@ -310,6 +367,26 @@ class Attempt:
             if distributed.ranks().is_main:
                 self.preemption.acknowledge(Request.SAVE)
         return request >= Request.STOP
+
+    def _unless_told(self, phase: str, step: int, event: Callable[[Pause], T]) -> T | None:
+        """Run an event that pauses between its parts, and leave it on all ranks once one of them is told to leave.
+
+        Nothing of an event that was left is kept, and it is not made up for: the next one comes at its own step.
+        """
+
+        def pause() -> None:
+            self.beat(phase)
+            if distributed.max_over_ranks(self.preemption.poll()) >= Request.STOP:
+                raise Interrupted
+
+        self.beat(phase, step)
+        try:
+            return event(pause)
+        except Interrupted:
+            if distributed.ranks().is_main:
+                self.folder.log("interrupted", attempt=self.attempt, phase=phase, step=step)
+                print(f"{phase} of step {step} was left: the run was told to stop", flush=True)
+            return None
 
     def _events(
         self, task: Task, manifest: Manifest, engines: Mapping[str, Engine], keeper: CheckpointKeeper
@@ -323,9 +400,10 @@ class Attempt:
 
             def run_validation(step: int) -> None:
                 with averaged(engines):
-                    figures = validate(config, task, manifest)
-                reporter.log(step, figures)
-                keeper.note(step, figures)
+                    figures = self._unless_told("validation", step, lambda pause: validate(config, task, manifest, pause))
+                if figures is not None:
+                    reporter.log(step, figures)
+                    keeper.note(step, figures)
 
             events.append(Periodic(config.validation.every_steps, run_validation))
         if config.samples is not None and hooks.sample is not None:
@@ -333,12 +411,13 @@ class Attempt:
 
             def run_samples(step: int) -> None:
                 with averaged(engines):
-                    files = sample(config, task, step)
-                reporter.show(step, "samples", files)
+                    files = self._unless_told("samples", step, lambda pause: sample(config, task, step, pause))
+                reporter.show(step, "samples", files or [])
 
             events.append(Periodic(config.samples.every_steps, run_samples))
 
         def save(step: int) -> None:
+            self.beat("save", step)
             keeper.save(step)
 
         return [*events, Periodic(config.checkpoint.every_steps, save)]

@@ -16,6 +16,8 @@ from sdtrain.records import Batch, Task, Tombstone
 from sdtrain.training.engine import Engine, StepResult
 
 Event = Callable[[int], None]
+Beat = Callable[[str, int, int], None]
+"""Told (phase, step, micro-step) at the same places of a step on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,7 @@ class Trainer:
         start_step: int = 0,
         events: Sequence[Periodic] = (),
         on_report: Callable[[Report], None] = lambda report: None,
+        beat: Beat = lambda phase, step, micro_step: None,
         leaves_after: Callable[[int], bool] = lambda step: False,
     ) -> None:
         self.task = task
@@ -133,6 +136,7 @@ class Trainer:
         self._learning_rate = learning_rate
         self._events = events
         self._on_report = on_report
+        self._beat = beat
         self._leaves_after = leaves_after
         self._window = Window()
         self._skipped_in_a_row = dict.fromkeys(engines, 0)
@@ -162,6 +166,7 @@ class Trainer:
         started = time.perf_counter()
         batches = []
         for micro_step in range(self.settings.grad_accum_steps):
+            self._beat("data", self.step, micro_step)
             step, micro, batch = next(self._batches)
             assert (step, micro) == (self.step, micro_step), "the loader and the loop count alike"
             batches.append(batch.to(distributed.device()))
@@ -191,11 +196,14 @@ class Trainer:
         with engine.alone([other for other in self.engines.values() if other is not engine]):
             for micro_step, batch in enumerate(batches):
                 self._seed_torch(micro_step)
+                self._beat("forward", self.step, micro_step)
                 loss = self.task.loss(name, batch, self.step)
                 self._window.add(f"{name}/loss", loss.losses, loss.weights)
                 for metric, values in loss.metrics.items():
                     self._window.add(f"{name}/{metric}", values, loss.weights)
+                self._beat("backward", self.step, micro_step)
                 engine.backward(loss.losses, loss.weights)
+                self._beat("step", self.step, micro_step)
                 result = engine.step(learning_rate)
         assert result is not None, "the last micro-step is the accumulation boundary"
         return result
@@ -228,6 +236,7 @@ class Trainer:
         self._window.started += time.perf_counter() - started
 
     def _report(self) -> None:
+        self._beat("report", self.step, 0)
         self._refuse_too_many_tombstones()
         window, self._window = self._window, Window()
         self._on_report(
