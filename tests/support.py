@@ -81,7 +81,7 @@ def tiny_page(folder: Path, manifest: Path, **sections: dict[str, Any]) -> Path:
             "prediction_type": "epsilon",
         },
         "optimizer": {"learning_rate": 1e-3, "lr_schedule": "cosine", "warmup_steps": 2, "gradient_clip_norm": 1.0},
-        "trainer": {"max_steps": 6, "precision": "fp32", "log_every_steps": 1, "timeout_seconds": 60.0},
+        "trainer": {"max_steps": 6, "precision": "fp32", "log_every_steps": 1, "timeout_seconds": 240.0},
         "ema": {"decay": 0.99},
         "checkpoint": {"every_steps": 2},
         "tracking": {"mode": "disabled"},

@@ -75,9 +75,7 @@ def _means(columns: dict[str, torch.Tensor], config: TrainingConfig, num_bins: i
     return means
 
 
-def sample(
-    config: TrainingConfig, task: Task, step: int, pause: Callable[[], None] = lambda: None
-) -> list[Path]:
+def sample(config: TrainingConfig, task: Task, step: int, pause: Callable[[], None] = lambda: None) -> list[Path]:
     """A grid of the page's prompts with its fixed seeds; collective, each rank draws its share.
 
     `pause` is called after every step of the sampler, equally often on all ranks, and may raise to leave early.

@@ -400,7 +400,9 @@ class Attempt:
 
             def run_validation(step: int) -> None:
                 with averaged(engines):
-                    figures = self._unless_told("validation", step, lambda pause: validate(config, task, manifest, pause))
+                    figures = self._unless_told(
+                        "validation", step, lambda pause: validate(config, task, manifest, pause)
+                    )
                 if figures is not None:
                     reporter.log(step, figures)
                     keeper.note(step, figures)

@@ -1,4 +1,4 @@
-"""Which rank slows the others down. Steps take equally long everywhere, since all wait for the slowest: own work tells."""
+"""Which rank slows the others down. A step takes equally long on all, who wait for the slowest: own work tells."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 class WorkClock:
     """Seconds that a rank worked for itself; on a GPU the forward counts by the device's own time.
 
-    A host only queues kernels, so its time in the forward says nothing there. Events cost microseconds and are read at a
-    report, when the host has waited for the device anyway.
+    A host only queues kernels, so its time in the forward says nothing there. Events cost microseconds and are read at
+    a report, when the host has waited for the device anyway.
     """
 
     def __init__(self, *, on_device: bool, clock: Callable[[], float] = time.perf_counter) -> None:

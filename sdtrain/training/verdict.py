@@ -1,4 +1,4 @@
-"""Who holds a hung run up: what every watchdog reports of its rank, and how the reports are judged. Imports no torch."""
+"""Who holds a hung run up: what a watchdog reports of its rank, and how the reports are judged. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ProcessState:
     """One process in `/proc`.
 
     Attributes:
-        state: The kernel's letter: R, S, D (waits for a disk), T (stopped), t (traced), Z (dead); X for one that is gone.
+        state: The kernel's letter: R, S, D (waits for a disk), T (stopped), t (traced), Z (dead); X if it is gone.
         waits_in: Kernel function that the process sleeps in; empty where the kernel does not tell.
     """
 
