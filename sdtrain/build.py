@@ -23,13 +23,14 @@ from sdtrain.config.process import ProcessConfig
 from sdtrain.config.run import TrainingConfig
 from sdtrain.config.task import AutoencodingTask as AutoencodingConfig
 from sdtrain.config.task import LatentDiffusionTask as LatentDiffusionConfig
-from sdtrain.config.task import MinSnrWeighting, NoWeighting
+from sdtrain.config.task import MinSnrWeighting, NoWeighting, TimestepsConfig
 from sdtrain.data.dataset import ShardDataset
 from sdtrain.data.manifest import Manifest, check_fingerprint
 from sdtrain.data.plan import order_of
 from sdtrain.denoisers import unet
 from sdtrain.denoisers.load import load_unet
 from sdtrain.diffusion.process import DiffusionProcess
+from sdtrain.diffusion.timesteps import TimestepPhase, TimestepSampling
 from sdtrain.errors import DataError
 from sdtrain.records import DrawSpec, Task
 from sdtrain.tasks.autoencoding import AutoencodingTask
@@ -95,6 +96,23 @@ def build_process(config: ProcessConfig) -> DiffusionProcess:
         beta_end=config.beta_end,
         num_train_timesteps=config.num_train_timesteps,
         prediction_type=config.prediction_type,
+        zero_terminal_snr=config.zero_terminal_snr,
+        shift=config.shift,
+    )
+
+
+def build_timesteps(config: TimestepsConfig, *, batch_size: int, total_steps: int) -> TimestepSampling:
+    """How training chooses noise levels; phases end at steps from here on."""
+    ends = [round(phase.until * total_steps) for phase in config.phases[:-1]]
+    return TimestepSampling(
+        distribution=config.distribution,
+        logit_mean=config.logit_mean,
+        logit_std=config.logit_std,
+        strata=batch_size if config.quasi_random else None,
+        phases=tuple(
+            TimestepPhase(until_step=end, edges=phase.edges, weights=phase.weights)
+            for phase, end in zip(config.phases, [*ends, None], strict=False)
+        ),
     )
 
 
@@ -139,6 +157,11 @@ def _latent_diffusion(config: TrainingConfig, task: LatentDiffusionConfig, manif
         condition_dropout=task.condition_dropout,
         loss_weighting=gamma,
         latents=task.latents,
+        noise_offset=config.process.noise_offset,
+        timesteps=build_timesteps(
+            task.timesteps, batch_size=config.data.batch_size, total_steps=max_steps(config, manifest)
+        ),
+        loss_bins=task.loss_bins,
         latent_shape=(channels // 2, height, width),
         condition_field=None if isinstance(config.conditioner, NoConditionerConfig) else "tokens",
         timestep_bins=20 if config.validation is None else config.validation.timestep_bins,

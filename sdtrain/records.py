@@ -141,7 +141,9 @@ class LossOutput:
     Attributes:
         losses: (batch,) float32, with graph.
         weights: (batch,) float32; 0 removes a sample (tombstone).
-        metrics: Detached per-sample (batch,) tensors to be averaged and logged, by name.
+        metrics: Detached per-sample (batch,) tensors to be averaged and logged, by name. A figure over some of the
+            samples is a pair `name.sum` (0 for the others) and `name.count` (1 or 0): shown is the quotient of their
+            means as `name`, and nothing where nobody counted.
     """
 
     losses: Float[Tensor, " batch"]

@@ -24,6 +24,7 @@ ALLOWED_ON_RESUME = (
     "data.prefetch",
     "data.read_retries",
     "data.micro_batch_size",
+    "task.loss_bins",
     "checkpoint",
     "validation",
     "samples",

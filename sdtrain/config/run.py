@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -255,8 +256,48 @@ def latents_fit_the_denoiser(autoencoder: AutoencoderConfig, denoiser: DenoiserC
 
 def betas_rise(process: ProcessConfig | None) -> Iterator[Problem]:
     """Noise is added ever faster."""
-    if process and process.beta_schedule != "cosine" and process.beta_start >= process.beta_end:
+    if process and process.beta_schedule not in ("cosine", None) and process.beta_start >= process.beta_end:
         yield Problem("process.beta_start", f"must be < process.beta_end = {process.beta_end:g}")
+
+
+def noise_levels_fit_the_prediction(process: ProcessConfig | None) -> Iterator[Problem]:
+    """A flow's path is straight, all others follow betas; the noise in pure noise says nothing of the image."""
+    if process is None:
+        return
+    kind = process.prediction_type
+    if kind != "flow" and process.beta_schedule is None:
+        yield Problem(
+            "process.beta_schedule",
+            f"is missing; process.prediction_type = {kind} needs one of linear, scaled_linear, cosine",
+        )
+    if kind == "flow" and process.beta_schedule is not None:
+        yield Problem("process.beta_schedule", "must be left out: process.prediction_type = flow has no betas")
+    if kind != "flow" and process.shift != 1:
+        yield Problem("process.shift", f"is for process.prediction_type = flow, which is {kind} here; leave it out")
+    if process.zero_terminal_snr and kind not in ("v_prediction", "sample"):
+        reason = "ends in pure noise anyway" if kind == "flow" else "cannot tell an image from pure noise"
+        yield Problem(
+            "process.zero_terminal_snr",
+            f"needs process.prediction_type = v_prediction or sample; {kind} {reason}",
+        )
+
+
+def phases_cover_the_run(task: TaskConfig) -> Iterator[Problem]:
+    """Phases follow each other to the end, and each says how likely every part of its axis is."""
+    if not isinstance(task, LatentDiffusionTask) or not task.timesteps.phases:
+        return
+    phases = task.timesteps.phases
+    ends = [0.0, *(phase.until for phase in phases)]
+    if any(low >= high for low, high in pairwise(ends)) or ends[-1] != 1:
+        yield Problem("task.timesteps.phases", f"must end at ascending shares of the run, the last at 1.0; {ends[1:]}")
+    for index, phase in enumerate(phases):
+        path = f"task.timesteps.phases.{index}"
+        if any(low >= high for low, high in pairwise(phase.edges)):
+            yield Problem(f"{path}.edges", "must ascend")
+        if len(phase.weights) != len(phase.edges) + 1:
+            yield Problem(f"{path}.weights", f"must be one more than edges, {len(phase.edges) + 1} in all")
+        elif not any(phase.weights):
+            yield Problem(f"{path}.weights", "must hold a number above 0")
 
 
 def steps_fit_the_process(samples: SamplesConfig | None, process: ProcessConfig | None) -> Iterator[Problem]:
@@ -293,6 +334,8 @@ TRAINING_RULES = (
     text_fits_the_denoiser,
     latents_fit_the_denoiser,
     betas_rise,
+    noise_levels_fit_the_prediction,
+    phases_cover_the_run,
     steps_fit_the_process,
     bins_fit_the_process,
     kept_checkpoints_are_written,

@@ -18,7 +18,7 @@ MAX_COSINE_BETA = 0.9999
 
 
 def betas(
-    beta_schedule: BetaSchedule, beta_start: float, beta_end: float, num_train_timesteps: int
+    beta_schedule: BetaSchedule | None, beta_start: float, beta_end: float, num_train_timesteps: int
 ) -> Float64[Tensor, " timesteps"]:
     """Noise variance added at each timestep.
 
@@ -29,7 +29,7 @@ def betas(
         beta_end: beta of the last timestep.
 
     Raises:
-        ConfigError: unknown schedule, no timesteps, or ends that are not 0 < beta_start <= beta_end < 1.
+        ConfigError: unknown schedule or none, no timesteps, or ends that are not 0 < beta_start <= beta_end < 1.
     """
     if num_train_timesteps < 1:
         raise ConfigError(f"process.num_train_timesteps: found {num_train_timesteps}, allowed are 1 and more")
@@ -56,6 +56,30 @@ def rescale_to_zero_terminal_snr(betas: Float64[Tensor, " timesteps"]) -> Float6
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     alpha_bar = root.square()
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+def rectified_alpha_bar(num_train_timesteps: int, shift: float) -> Float64[Tensor, " timesteps"]:
+    """Signal power of rectified flow's levels, as part of signal and noise together.
+
+    Timestep i stands at time (i + 1) / T of the path (1 - t) * clean + t * noise, moved towards the noise by `shift`:
+    t -> shift * t / (1 + (shift - 1) * t). The last timestep is pure noise.
+
+    Args:
+        num_train_timesteps: T.
+        shift: 1 leaves the times alone; larger images want more, 3 is Stable Diffusion 3's.
+
+    Raises:
+        ConfigError: no timesteps, or a shift that is not above 0.
+
+    Source: Esser et al. 2024, arXiv:2403.03206, equation 23.
+    """
+    if num_train_timesteps < 1:
+        raise ConfigError(f"process.num_train_timesteps: found {num_train_timesteps}, allowed are 1 and more")
+    if shift <= 0:
+        raise ConfigError(f"process.shift: found {shift}, allowed are numbers above 0")
+    time = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    time = shift * time / (1 + (shift - 1) * time)
+    return (1 - time).square() / ((1 - time).square() + time.square())
 
 
 def _cosine_betas(num_train_timesteps: int) -> Float64[Tensor, " timesteps"]:

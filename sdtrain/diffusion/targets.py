@@ -5,6 +5,13 @@ sigma = sqrt(1 - alpha_bar), alpha^2 + sigma^2 = 1:
 
     noised       = alpha * clean + sigma * noise
     v_prediction = alpha * noise - sigma * clean
+    flow         = noise - clean
+
+Rectified flow's straight path is the same mixture on another scale: with t = sigma / (alpha + sigma),
+
+    (1 - t) * clean + t * noise = noised / (alpha + sigma)
+
+so a flow needs no process and no samplers of its own: the denoiser alone sees its items on that scale (`rectified`).
 """
 
 from __future__ import annotations
@@ -15,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 _PRECISE = (torch.float32, torch.float64)
 
@@ -47,13 +54,15 @@ def target(
     """What the denoiser regresses to.
 
     Args:
-        prediction_type: `epsilon`, the noise; `sample`, the clean item; `v_prediction`, the velocity.
+        prediction_type: `epsilon`, the noise; `sample`, the clean item; `v_prediction`, the velocity along the circle;
+            `flow`, the velocity along the straight line.
         alpha_bar: As in `add_noise`.
 
     Raises:
         TypeError: a half-precision input.
 
-    Source: Salimans & Ho 2022, arXiv:2202.00512, section 4.
+    Source: Salimans & Ho 2022, arXiv:2202.00512, section 4; Liu et al. 2022, arXiv:2209.03003, equation 1, with time
+    running from data to noise.
     """
     alpha, sigma = _alpha_sigma(alpha_bar, clean)
     match prediction_type:
@@ -63,6 +72,8 @@ def target(
             return alpha * noise - sigma * clean
         case "sample":
             return clean
+        case "flow":
+            return noise - clean
 
 
 def to_clean_and_noise(
@@ -89,6 +100,8 @@ def to_clean_and_noise(
             return alpha * noised - sigma * prediction, sigma * noised + alpha * prediction
         case "sample":
             return prediction, (noised - alpha * prediction) / sigma
+        case "flow":
+            return (noised - sigma * prediction) / (alpha + sigma), (noised + alpha * prediction) / (alpha + sigma)
 
 
 def noise_from_clean(
@@ -96,6 +109,14 @@ def noise_from_clean(
 ) -> Float[Tensor, " batch *item"]:
     """The noise that together with `clean` makes `noised`; used after `clean` was changed."""
     return to_clean_and_noise("sample", clean, noised, alpha_bar)[1]
+
+
+def rectified(
+    noised: Float[Tensor, " batch *item"], alpha_bar: Float[Tensor, " batch"]
+) -> Float[Tensor, " batch *item"]:
+    """Items on the scale of rectified flow: (1 - t) * clean + t * noise with t = sigma / (alpha + sigma)."""
+    alpha, sigma = _alpha_sigma(alpha_bar, noised)
+    return noised / (alpha + sigma)
 
 
 def _alpha_sigma(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,11 @@ from sdtrain.diffusion.process import DiffusionProcess
 from sdtrain.errors import ConfigError
 from sdtrain.samplers.ddim import FinalAlphaBar, sample_ddim
 from sdtrain.samplers.ddpm import sample_ddpm
-from sdtrain.samplers.steps import Callback, Model, NoiseFn, Spacing
+from sdtrain.samplers.euler import sample_euler
+from sdtrain.samplers.steps import Callback, Model, NoiseFn, Spacing, spacing_of
 from sdtrain.samplers.thresholding import Thresholding
 
-SamplerName = Literal["ddim", "ddpm"]
+SamplerName = Literal["ddim", "ddpm", "euler"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,33 +24,36 @@ class SamplerSettings:
     """How latents are sampled; the defaults are Stable Diffusion's.
 
     Attributes:
-        sampler: `ddim` or `ddpm`.
+        sampler: `ddim`, `ddpm` or `euler`.
         num_steps: Calls of the denoiser; None visits every timestep (`ddpm` only).
         guidance_scale: Classifier-free guidance; 1 is off.
-        eta: Noise added by `ddim`; `ddpm` does not look at it.
-        spacing: Which timesteps are visited.
+        eta: Noise added by `ddim`; the others do not look at it.
+        spacing: Which timesteps are visited; None is what the process needs, see `steps.spacing_of`.
         steps_offset: Added to `leading` timesteps.
-        final_alpha_bar: Where the last step of `ddim` ends; `ddpm` always ends without noise.
+        final_alpha_bar: Where the last step of `ddim` ends; the others always end without noise. None is `one` for a
+            flow and `first` elsewhere.
         thresholding: None, the right choice for latents, or an option of `samplers.thresholding`.
 
     Raises:
-        ConfigError: an unknown sampler, or `ddim` without a number of steps.
+        ConfigError: an unknown sampler, or `ddim` or `euler` without a number of steps.
     """
 
     sampler: SamplerName = "ddim"
     num_steps: int | None = 30
     guidance_scale: float = 7.5
     eta: float = 0.0
-    spacing: Spacing = "leading"
+    spacing: Spacing | None = None
     steps_offset: int = 1
-    final_alpha_bar: FinalAlphaBar = "first"
+    final_alpha_bar: FinalAlphaBar | None = None
     thresholding: Thresholding | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(SamplerName):
             raise ConfigError(f"sampler: found {self.sampler!r}, allowed are {', '.join(get_args(SamplerName))}")
-        if self.sampler == "ddim" and self.num_steps is None:
-            raise ConfigError("num_steps: found none, ddim needs a number of steps; only ddpm can visit every timestep")
+        if self.sampler != "ddpm" and self.num_steps is None:
+            raise ConfigError(
+                f"num_steps: found none, {self.sampler} needs a number of steps; only ddpm can visit every timestep"
+            )
 
 
 def run_sampler(
@@ -62,28 +66,40 @@ def run_sampler(
     callback: Callback | None = None,
 ) -> Float[Tensor, " batch *item"]:
     """Latents from noise by the sampler of `settings`; guidance is part of `model` already."""
-    if settings.sampler == "ddim" and settings.num_steps is not None:
-        return sample_ddim(
+    spacing = settings.spacing or spacing_of(process)
+    if settings.sampler == "ddpm" or settings.num_steps is None:
+        return sample_ddpm(
             model,
             noised,
             process=process,
             num_steps=settings.num_steps,
-            eta=settings.eta,
             noise_fn=noise_fn,
             callback=callback,
-            spacing=settings.spacing,
+            spacing=spacing,
             steps_offset=settings.steps_offset,
-            final_alpha_bar=settings.final_alpha_bar,
             thresholding=settings.thresholding,
         )
-    return sample_ddpm(
+    if settings.sampler == "euler":
+        return sample_euler(
+            model,
+            noised,
+            process=process,
+            num_steps=settings.num_steps,
+            callback=callback,
+            spacing=spacing,
+            steps_offset=settings.steps_offset,
+            thresholding=settings.thresholding,
+        )
+    return sample_ddim(
         model,
         noised,
         process=process,
         num_steps=settings.num_steps,
+        eta=settings.eta,
         noise_fn=noise_fn,
         callback=callback,
-        spacing=settings.spacing,
+        spacing=spacing,
         steps_offset=settings.steps_offset,
+        final_alpha_bar=settings.final_alpha_bar or ("one" if process.prediction_type == "flow" else "first"),
         thresholding=settings.thresholding,
     )

@@ -27,6 +27,15 @@ Callback = Callable[[int, Tensor], None]
 Spacing = Literal["leading", "trailing", "linspace"]
 
 
+def spacing_of(process: DiffusionProcess) -> Spacing:
+    """What a process needs: its last timestep visited (`trailing`) where that is pure noise, for else the chain would
+    start from noise that the denoiser takes for a noised image; `leading`, Stable Diffusion's, elsewhere.
+
+    Source: Lin et al. 2023, arXiv:2305.08891, section 3.3.
+    """
+    return "trailing" if process.ends_in_noise else "leading"
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One reverse step.
@@ -110,12 +119,14 @@ def predict(
 ) -> tuple[Float[Tensor, " batch *item"], Float[Tensor, " batch *item"]]:
     """Ask the denoiser once: the clean item and the noise in `noised`.
 
-    Where the clean item is thresholded the noise is derived anew, so that both still mix to `noised`.
+    The denoiser is shown what it was trained on, see `DiffusionProcess.denoiser_input`. Where the clean item is
+    thresholded the noise is derived anew, so that both still mix to `noised`.
     """
     batch = noised.shape[0]
     timesteps = torch.full((batch,), step.timestep, dtype=torch.int64, device=noised.device)
     alpha_bar = torch.full((batch,), step.alpha_bar, dtype=torch.float64, device=noised.device)
-    clean, noise = to_clean_and_noise(process.prediction_type, model(noised, timesteps), noised, alpha_bar)
+    prediction = model(process.denoiser_input(noised, alpha_bar), timesteps)
+    clean, noise = to_clean_and_noise(process.prediction_type, prediction, noised, alpha_bar)
     if thresholding is None:
         return clean, noise
     clean = threshold(clean, thresholding)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sdtrain.diffusion.process import DiffusionProcess
 from sdtrain.diffusion.targets import add_noise, target
-from sdtrain.diffusion.timesteps import stratified, uniform_timesteps
+from sdtrain.diffusion.timesteps import TimestepSampling, stratified, uniform_timesteps
 from sdtrain.diffusion.weighting import min_snr
 from sdtrain.errors import ConfigError, DataError
 from sdtrain.records import Batch, Conditioning, DrawSpec, LossOutput, Trainable
@@ -23,6 +23,7 @@ from sdtrain.tasks.parts import (
     Autoencoder,
     Conditioner,
     as_module,
+    bin_losses,
     device_of,
     evaluating,
     field,
@@ -33,6 +34,8 @@ from sdtrain.tasks.parts import (
 )
 
 LatentsFrom = Literal["sample", "mean"]
+
+MAX_LOSS_BINS = 100
 
 _NAME = "latent_diffusion"
 
@@ -67,7 +70,9 @@ class LatentDiffusionTask:
         latents: LatentsFrom,
         condition_field: str | None = "tokens",
         noise_offset: float = 0.0,
+        timesteps: TimestepSampling | None = None,
         timestep_bins: int = 20,
+        loss_bins: int = 10,
         sampler: SamplerSettings | None = None,
     ) -> None:
         """Put the parts together.
@@ -83,7 +88,9 @@ class LatentDiffusionTask:
             latents: A fresh posterior sample for every visit, or the posterior mean.
             condition_field: What the conditioner reads from the shards; None trains without conditions.
             noise_offset: Standard deviation of one extra draw per channel, added to the noise; 0 is off.
+            timesteps: How training chooses noise levels; None draws each of them equally likely.
             timestep_bins: Equal bins of the noise levels that validation walks through.
+            loss_bins: Equal bins of the noise levels that the training loss is also shown for, at most 100; 0 is off.
             sampler: How `sample` works unless told otherwise.
 
         Raises:
@@ -95,6 +102,10 @@ class LatentDiffusionTask:
             raise ConfigError(f"task.loss_weighting.gamma: found {loss_weighting}, allowed are numbers above 0")
         if latents not in get_args(LatentsFrom):
             raise ConfigError(f"task.latents: found {latents!r}, allowed are {', '.join(get_args(LatentsFrom))}")
+        if noise_offset < 0:
+            raise ConfigError(f"process.noise_offset: found {noise_offset}, allowed are 0 and more")
+        if not 0 <= loss_bins <= MAX_LOSS_BINS:
+            raise ConfigError(f"task.loss_bins: found {loss_bins}, allowed are 0 to {MAX_LOSS_BINS}")
         self.denoiser = denoiser
         self.conditioner = conditioner
         self.autoencoder = autoencoder
@@ -105,7 +116,9 @@ class LatentDiffusionTask:
         self.latents: LatentsFrom = latents
         self.condition_field = condition_field
         self.noise_offset = noise_offset
+        self.timesteps = timesteps or TimestepSampling()
         self.timestep_bins = timestep_bins
+        self.loss_bins = loss_bins
         self.sampler = sampler or SamplerSettings()
         self._trains_conditioner = is_trained(as_module(conditioner))
         self.trainables, self.frozen = self._split()
@@ -116,12 +129,21 @@ class LatentDiffusionTask:
         return True
 
     def loss(self, name: str, batch: Batch, step: int) -> LossOutput:
-        """Weighted mean squared error of every sample at its drawn noise level."""
+        """Weighted mean squared error of every sample at its drawn noise level.
+
+        Metrics: `mse` without the weights, the `timesteps`, and the loss within each of `loss_bins` equal bins of them.
+        """
         assert name == "denoiser", name
-        timesteps = uniform_timesteps(batch.uniforms["timestep"], self.process.num_train_timesteps)
+        total = self.process.num_train_timesteps
+        timesteps = self.timesteps.draw(
+            batch.uniforms["timestep"], batch.positions, step=step, num_train_timesteps=total
+        )
         drop = batch.uniforms["condition_drop"] < self.condition_dropout
         mse = self._error(batch, timesteps, self._condition(batch, drop))
-        return LossOutput(losses=mse * self._weight(timesteps), weights=batch.weights, metrics={"mse": mse.detach()})
+        losses = mse * self._weight(timesteps)
+        metrics = {"mse": mse.detach(), "timesteps": timesteps.float()}
+        metrics |= bin_losses(losses.detach(), timesteps, num_bins=self.loss_bins, num_train_timesteps=total)
+        return LossOutput(losses=losses, weights=batch.weights, metrics=metrics)
 
     def validate(self, batch: Batch) -> Mapping[str, Tensor]:
         """`loss` as in training but with every condition kept, `mse` without weights, and the `timesteps`.
@@ -152,7 +174,7 @@ class LatentDiffusionTask:
             seeds: The noise of item i, at the start and at every step, depends on seeds[i] alone.
             num_steps: Calls of the denoiser; None takes the task's setting, as for the options below.
             guidance_scale: Classifier-free guidance; 1 is off.
-            sampler: `ddim` or `ddpm`.
+            sampler: `ddim`, `ddpm` or `euler`.
             eta: Noise added by `ddim`.
             callback: Called with (step index, latents) after every step.
         """
@@ -233,7 +255,8 @@ class LatentDiffusionTask:
         alpha_bar = self.process.alpha_bar_at(timesteps)
         noised = add_noise(clean, noise, alpha_bar)
         wanted = target(self.process.prediction_type, clean, noise, alpha_bar)
-        return per_sample_mean((self._predict(noised, timesteps, conditioning) - wanted).square())
+        shown = self.process.denoiser_input(noised, alpha_bar)
+        return per_sample_mean((self._predict(shown, timesteps, conditioning) - wanted).square())
 
     def _weight(self, timesteps: Int64[Tensor, " batch"]) -> Float32[Tensor, " batch"]:
         if self.loss_weighting is None:

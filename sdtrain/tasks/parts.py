@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from sdtrain.errors import DataError
@@ -123,3 +123,20 @@ def to_images(pixels: UInt8[Tensor, "batch channels height width"]) -> Float[Ten
 def per_sample_mean(values: Float[Tensor, "batch channels height width"]) -> Float[Tensor, " batch"]:
     """Mean over everything but the batch."""
     return values.flatten(1).mean(1)
+
+
+def bin_losses(
+    losses: Float[Tensor, " batch"], timesteps: Int64[Tensor, " batch"], *, num_bins: int, num_train_timesteps: int
+) -> dict[str, Float[Tensor, " batch"]]:
+    """Losses by equal bins of the timesteps, as pairs `loss_bin_03.sum` and `loss_bin_03.count` (see `LossOutput`).
+
+    A pair's two means over any set of samples have the mean loss of the bin's samples as their quotient; nothing has
+    to be read from the device to find out who is where.
+    """
+    bins = timesteps * num_bins // num_train_timesteps
+    pairs = {}
+    for index in range(num_bins):
+        inside = bins == index
+        pairs[f"loss_bin_{index:02d}.sum"] = torch.where(inside, losses, 0.0)
+        pairs[f"loss_bin_{index:02d}.count"] = inside.to(losses.dtype)
+    return pairs

@@ -7,12 +7,14 @@ Twice: in float32 against the scheduler as it is shipped, and in float64 with ou
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from sdtrain.diffusion.process import DiffusionProcess
 from sdtrain.diffusion.targets import add_noise, target
 from sdtrain.samplers.ddim import sample_ddim
 from sdtrain.samplers.ddpm import sample_ddpm
+from sdtrain.samplers.euler import flow_time, sample_euler
 from sdtrain.samplers.steps import sampling_timesteps
 from sdtrain.samplers.thresholding import DynamicPercentile, FixedRange
 
@@ -109,10 +111,21 @@ def test_schedules(schedule):
     torch.testing.assert_close(process.alpha_bar[shared], scheduler.alphas_cumprod[shared], rtol=5e-5, atol=0)
 
 
-def test_zero_terminal_snr():
-    process = ours("scaled_linear", "v_prediction", zero_terminal_snr=True)
-    scheduler = theirs(DDIMScheduler, "scaled_linear", "v_prediction", rescale_betas_zero_snr=True)
-    torch.testing.assert_close(process.alpha_bar, scheduler.alphas_cumprod, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("schedule", ["scaled_linear", "linear"])
+def test_zero_terminal_snr(schedule):
+    process = ours(schedule, "v_prediction", zero_terminal_snr=True)
+    rescaled = rescale_zero_terminal_snr(ours(schedule, "v_prediction").betas)  # theirs, in float64
+    assert (process.betas - rescaled).abs().max() < 1e-12
+    scheduler = theirs(DDIMScheduler, schedule, "v_prediction", rescale_betas_zero_snr=True)  # as shipped, in float32
+    assert (process.alpha_bar - scheduler.alphas_cumprod).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_times_of_a_flow(shift):
+    process = DiffusionProcess(num_train_timesteps=1000, prediction_type="flow", shift=shift)
+    times = torch.tensor([flow_time(level) for level in process.alpha_bar_float64.tolist()])
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    assert (times - scheduler.sigmas.flip(0)).abs().max() < 1e-6  # theirs fall
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -164,24 +177,67 @@ def test_every_ddim_step_of_30(schedule, exact, prediction_type, eta, set_alpha_
     assert_steps_agree(trace, scheduler.timesteps.tolist(), their_step)
 
 
-@pytest.mark.parametrize("num_steps", [20, 25])
-def test_trailing_ddim_where_the_steps_divide_the_process(num_steps):
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize(("num_steps", "exact"), [(20, False), (25, False), (50, True), (1000, True)])
+def test_every_ddim_step_from_zero_terminal_snr(num_steps, exact, prediction_type):
+    """Trailing steps, where they divide the process: the first one starts from pure noise."""
     scheduler = theirs(
-        DDIMScheduler, "scaled_linear", "v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True
+        DDIMScheduler, "scaled_linear", prediction_type, timestep_spacing="trailing", rescale_betas_zero_snr=True
     )
+    process = ours("scaled_linear", prediction_type, zero_terminal_snr=True)
+    dtype = torch.float64 if exact else torch.float32
+    scheduler = with_exact_levels(scheduler, process) if exact else scheduler
     scheduler.set_timesteps(num_steps)
     trace = Trace()
-    process = ours("scaled_linear", "v_prediction", zero_terminal_snr=True)
-    sample_ddim(
+    end = sample_ddim(
         trace.model,
-        draw(0),
+        draw(0, dtype),
         process=process,
         num_steps=num_steps,
         callback=trace.callback,
         spacing="trailing",
         final_alpha_bar="one",
     )
+    assert trace.asked[0][1] == 999
+    assert end.isfinite().all()
     assert_steps_agree(trace, scheduler.timesteps.tolist(), lambda _, *args: scheduler.step(*args).prev_sample)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "spacing", "shift"),
+    [
+        (28, "linspace", 1.0),
+        (10, "linspace", 1.0),
+        (28, "trailing", 1.0),
+        (28, "trailing", 3.0),
+        (1000, "trailing", 3.0),
+    ],
+)
+@pytest.mark.parametrize("sampler", [sample_euler, sample_ddim])
+def test_every_euler_step_of_a_flow(sampler, num_steps, spacing, shift):
+    """`linspace` is diffusers' own set_timesteps, whole where 999 divides; `trailing` are the times that Flux gives it.
+
+    DDIM is compared as well: it is the same step on another scale.
+    """
+    process = DiffusionProcess(num_train_timesteps=1000, prediction_type="flow", shift=shift)
+    timesteps = sampling_timesteps(num_steps, 1000, spacing=spacing)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    if spacing == "linspace":
+        scheduler.set_timesteps(num_steps)
+    else:
+        scheduler.set_timesteps(sigmas=[(timestep + 1) / 1000 for timestep in timesteps])
+    trace = Trace()
+    is_ddim = {"final_alpha_bar": "one"} if sampler is sample_ddim else {}
+    end = sampler(
+        trace.model, draw(0), process=process, num_steps=num_steps, callback=trace.callback, spacing=spacing, **is_ddim
+    )
+    times = [flow_time(process.alpha_bar_float64[timestep].item()) for timestep in timesteps]
+    assert (torch.tensor([*times, 0.0]) - scheduler.sigmas).abs().max() < 1e-6
+    assert [timestep for _, timestep, _ in trace.asked] == timesteps
+    came_out = [*(shown for shown, _, _ in trace.asked[1:]), end]  # the denoiser is shown the flow's own scale
+    for index, ((shown, _, prediction), result) in enumerate(zip(trace.asked, came_out, strict=True)):
+        expected = scheduler.step(prediction, scheduler.timesteps[index], shown).prev_sample
+        assert (result - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max()), f"step {index}"
 
 
 @pytest.mark.parametrize(

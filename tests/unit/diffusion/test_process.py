@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sdtrain.diffusion import schedules
-from sdtrain.diffusion.process import DiffusionProcess
+from sdtrain.diffusion.process import DiffusionProcess, add_noise
 from sdtrain.errors import ConfigError
 
 
@@ -68,7 +68,8 @@ def test_identities_of_a_variance_preserving_process(beta_schedule):
     torch.testing.assert_close(process.snr(timesteps), (alpha / sigma) ** 2, rtol=1e-6, atol=0)
     torch.testing.assert_close(process.log_snr(timesteps).exp(), process.snr(timesteps), rtol=1e-5, atol=0)
     assert (process.alpha_bar_float64.diff() < 0).all()
-    assert torch.equal(process.alpha_bar_at(timesteps), process.alpha_bar)
+    assert torch.equal(process.alpha_bar_at(timesteps), process.alpha_bar_float64)
+    assert not process.ends_in_noise
     assert process.alpha_bar.dtype == alpha.dtype == torch.float32
 
 
@@ -76,12 +77,53 @@ def test_zero_terminal_snr_ends_in_pure_noise_and_starts_where_it_did():
     plain = stable_diffusion(prediction_type="v_prediction")
     rescaled = dataclasses.replace(plain, zero_terminal_snr=True)
     assert rescaled.alpha_bar[-1].item() == 0.0
+    assert rescaled.ends_in_noise
     assert rescaled.alpha_bar[0].item() == plain.alpha_bar[0].item()
     assert rescaled.snr(torch.tensor([999])).item() == 0.0
     assert rescaled.log_snr(torch.tensor([999])).item() == -math.inf
     roots, plain_roots = rescaled.alpha_bar_float64.sqrt(), plain.alpha_bar_float64.sqrt()
     ratio = (roots[:-1] - roots[-1]) / (plain_roots[:-1] - plain_roots[-1])
     torch.testing.assert_close(ratio, ratio[0].expand(999), rtol=1e-9, atol=0)
+
+
+def flow(**changes):
+    return DiffusionProcess(**({"num_train_timesteps": 1000, "prediction_type": "flow"} | changes))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_a_flow_runs_straight_from_the_data_to_the_noise(shift):
+    process = flow(shift=shift)
+    time = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
+    time = shift * time / (1 + (shift - 1) * time)
+    assert process.ends_in_noise
+    timesteps = all_timesteps(process)
+    clean, noise = torch.randn(2, 1000, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    alpha_bar = process.alpha_bar_at(timesteps)
+    shown = process.denoiser_input(add_noise(clean, noise, alpha_bar), alpha_bar)
+    straight = (1 - time).view(-1, 1, 1, 1) * clean.double() + time.view(-1, 1, 1, 1) * noise.double()
+    assert (shown - straight).abs().max().item() < 1e-6
+    assert torch.equal(shown[-1], noise[-1])
+    torch.testing.assert_close(process.snr(timesteps).double(), ((1 - time) / time).square(), rtol=1e-6, atol=0)
+
+
+def test_the_least_noise_of_a_flow_is_not_lost_to_rounding():
+    """1 - alpha_bar is 1e-6 there, of which float32 would keep one digit."""
+    clean, noise = torch.zeros(1, 1), torch.ones(1, 1)
+    process = flow()
+    alpha_bar = process.alpha_bar_at(torch.tensor([0]))
+    shown = process.denoiser_input(add_noise(clean, noise, alpha_bar), alpha_bar)
+    assert shown.item() == pytest.approx(0.001, rel=1e-6)
+
+
+def test_other_predictions_are_shown_the_noised_items_themselves():
+    noised = torch.randn(2, 3)
+    process = stable_diffusion()
+    assert process.denoiser_input(noised, process.alpha_bar_at(torch.tensor([0, 999]))) is noised
+
+
+def test_the_betas_of_a_flow_are_those_of_its_variance_preserving_twin():
+    process = flow(shift=3.0)
+    torch.testing.assert_close((1 - process.betas).cumprod(0), process.alpha_bar_float64, rtol=1e-9, atol=1e-15)
 
 
 def test_process_is_a_value():
@@ -101,6 +143,25 @@ def test_process_is_a_value():
         ({"beta_schedule": "linear", "beta_end": 1.0}, "found 0.00085 and 1.0, allowed are 0 < beta_start"),
         ({"prediction_type": "x0"}, "prediction_type: found 'x0', allowed are epsilon, v_prediction, sample"),
         ({"zero_terminal_snr": True}, "zero_terminal_snr: the last timestep holds no signal"),
+        (
+            {"zero_terminal_snr": True},
+            "so process.prediction_type epsilon cannot give the image back; allowed are v",
+        ),
+        ({"beta_schedule": None}, "beta_schedule: found None, allowed are linear, scaled_linear, cosine"),
+        ({"shift": 3.0}, "process.shift: found 3.0, but process.prediction_type epsilon takes its noise levels from"),
+        ({"prediction_type": "flow"}, "process.beta_schedule scaled_linear, process.zero_terminal_snr False: process"),
+        (
+            {"prediction_type": "flow", "beta_schedule": None, "zero_terminal_snr": True},
+            "process.prediction_type flow runs straight to pure noise and has neither; leave both out",
+        ),
+        (
+            {"prediction_type": "flow", "beta_schedule": None, "shift": 0.0},
+            "process.shift: found 0.0, allowed are numbers above 0",
+        ),
+        (
+            {"prediction_type": "flow", "beta_schedule": None, "num_train_timesteps": 0},
+            "process.num_train_timesteps: found 0, allowed are 1 and more",
+        ),
     ],
 )
 def test_refusals(changes, text):

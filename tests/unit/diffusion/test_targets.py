@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from sdtrain.diffusion.targets import add_noise, noise_from_clean, target, to_clean_and_noise
+from sdtrain.diffusion.targets import add_noise, noise_from_clean, rectified, target, to_clean_and_noise
 
-TYPES = ("epsilon", "v_prediction", "sample")
+TYPES = ("epsilon", "v_prediction", "sample", "flow")
 ALPHA_BAR = torch.tensor([0.99915, 0.5, 0.00466])
 
 
@@ -29,6 +29,7 @@ def test_targets_closed_form():
     velocity = target("v_prediction", clean, noise, alpha_bar)
     torch.testing.assert_close(velocity[0], 0.6 * noise[0] - 0.8 * clean[0])
     torch.testing.assert_close(velocity[2], 0.8 * noise[2] - 0.6 * clean[2])
+    assert torch.equal(target("flow", clean, noise, alpha_bar), noise - clean)
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)
@@ -62,6 +63,30 @@ def test_velocity_is_the_derivative_along_the_angle():
         add_noise(clean, noise, torch.cos(phi + step) ** 2) - add_noise(clean, noise, torch.cos(phi - step) ** 2)
     ) / (2 * step)
     torch.testing.assert_close(target("v_prediction", clean, noise, torch.cos(phi) ** 2), slope, rtol=1e-7, atol=1e-7)
+
+
+def test_flow_is_the_derivative_along_the_straight_line():
+    clean, noise = pair(torch.float64)
+    time = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+
+    def on_the_line(time):
+        alpha_bar = (1 - time) ** 2 / ((1 - time) ** 2 + time**2)
+        return rectified(add_noise(clean, noise, alpha_bar), alpha_bar)
+
+    place = time.view(-1, 1, 1, 1)
+    torch.testing.assert_close(on_the_line(time), (1 - place) * clean + place * noise)
+    slope = (on_the_line(time + 1e-6) - on_the_line(time - 1e-6)) / 2e-6
+    torch.testing.assert_close(target("flow", clean, noise, time), slope, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample", "flow"])
+def test_pure_noise_gives_the_clean_item_that_is_predicted_and_itself(prediction_type):
+    clean, noise = pair()
+    nothing = torch.zeros(3)
+    perfect = target(prediction_type, clean, noise, nothing)
+    clean_back, noise_back = to_clean_and_noise(prediction_type, perfect, noise, nothing)
+    torch.testing.assert_close(clean_back, clean)
+    torch.testing.assert_close(noise_back, noise)
 
 
 def test_float64_levels_do_not_promote_float32_items():

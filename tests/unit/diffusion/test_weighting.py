@@ -5,7 +5,7 @@ from sdtrain.diffusion.process import DiffusionProcess
 from sdtrain.diffusion.targets import add_noise, target, to_clean_and_noise
 from sdtrain.diffusion.weighting import min_snr
 
-TYPES = ("epsilon", "v_prediction", "sample")
+TYPES = ("epsilon", "v_prediction", "sample", "flow")
 
 
 def test_golden_weight_of_stable_diffusion_at_timestep_0():
@@ -27,11 +27,14 @@ def test_closed_forms_on_both_sides_of_gamma():
     torch.testing.assert_close(min_snr(snr, 5.0, "epsilon"), torch.tensor([1.0, 1.0, 0.25]))
     torch.testing.assert_close(min_snr(snr, 5.0, "v_prediction"), torch.tensor([1 / 3, 5 / 6, 5 / 21]))
     torch.testing.assert_close(min_snr(snr, 5.0, "sample"), torch.tensor([0.5, 5.0, 5.0]))
+    time = 1 / (1 + snr.sqrt())  # of the straight path
+    torch.testing.assert_close(min_snr(snr, 5.0, "flow"), torch.tensor([0.5, 5.0, 5.0]) * time**2)
 
 
-def test_no_signal_gives_finite_weights():
-    snr = torch.zeros(1)
-    assert [min_snr(snr, 5.0, kind).item() for kind in TYPES] == [1.0, 0.0, 0.0]
+def test_no_signal_and_no_noise_give_finite_weights():
+    nothing, everything = torch.zeros(1), torch.full((1,), torch.inf)
+    assert [min_snr(nothing, 5.0, kind).item() for kind in TYPES] == [1.0, 0.0, 0.0, 0.0]
+    assert [min_snr(everything, 5.0, kind).item() for kind in TYPES] == [0.0, 0.0, 5.0, 0.0]
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)

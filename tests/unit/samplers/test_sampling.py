@@ -8,13 +8,16 @@ from sdtrain.diffusion.targets import add_noise, target
 from sdtrain.errors import ConfigError
 from sdtrain.samplers.ddim import ddim_sigma, ddim_step, sample_ddim
 from sdtrain.samplers.ddpm import ddpm_mean, ddpm_sigma, sample_ddpm
+from sdtrain.samplers.euler import euler_step, flow_time, sample_euler
 from sdtrain.samplers.settings import SamplerSettings, run_sampler
 from sdtrain.samplers.thresholding import FixedRange
 
-TYPES = ("epsilon", "v_prediction", "sample")
+TYPES = ("epsilon", "v_prediction", "sample", "flow")
 
 
 def process(prediction_type="epsilon", **changes):
+    if prediction_type == "flow":
+        return DiffusionProcess(prediction_type="flow", **({"num_train_timesteps": 1000} | changes))
     values = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
     return DiffusionProcess(prediction_type=prediction_type, **(values | changes))
 
@@ -23,12 +26,18 @@ def noise_of(index):
     return torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(100 + index), dtype=torch.float64)
 
 
+def at_level(of, shown, timesteps):
+    """(noised, alpha, sigma, alpha_bar): what the denoiser was shown, back on the process's own scale."""
+    alpha_bar = of.alpha_bar_float64[timesteps]
+    alpha, sigma = (root.sqrt().view(-1, 1, 1, 1) for root in (alpha_bar, 1 - alpha_bar))
+    return shown * (alpha + sigma if of.prediction_type == "flow" else 1), alpha, sigma, alpha_bar
+
+
 def oracle(of, mean, std):
     """The ideal denoiser of data N(mean, std^2): E[target | noised], in closed form."""
 
-    def model(noised, timesteps):
-        alpha_bar = of.alpha_bar_float64[timesteps]
-        alpha, sigma = (root.sqrt().view(-1, 1, 1, 1) for root in (alpha_bar, 1 - alpha_bar))
+    def model(shown, timesteps):
+        noised, alpha, sigma, alpha_bar = at_level(of, shown, timesteps)
         clean = mean + (noised - alpha * mean) * alpha * std**2 / (alpha**2 * std**2 + sigma**2)
         noise = (noised - alpha * clean) / sigma
         return target(of.prediction_type, clean, noise, alpha_bar)
@@ -39,9 +48,8 @@ def oracle(of, mean, std):
 def known_clean(of, clean):
     """A denoiser that knows the one clean item."""
 
-    def model(noised, timesteps):
-        alpha_bar = of.alpha_bar_float64[timesteps]
-        alpha, sigma = (root.sqrt().view(-1, 1, 1, 1) for root in (alpha_bar, 1 - alpha_bar))
+    def model(shown, timesteps):
+        noised, alpha, sigma, alpha_bar = at_level(of, shown, timesteps)
         return target(of.prediction_type, clean, (noised - alpha * clean) / sigma, alpha_bar)
 
     return model
@@ -53,6 +61,8 @@ def test_samplers_find_the_only_item_there_is(prediction_type):
     model = known_clean(of, clean)
     by_ddim = sample_ddim(model, start, process=of, num_steps=5, final_alpha_bar="one")
     by_ddpm = sample_ddpm(model, start, process=of, num_steps=5, noise_fn=noise_of)
+    by_euler = sample_euler(model, start, process=of, num_steps=5)
+    torch.testing.assert_close(by_euler, clean, rtol=0, atol=1e-9)
     torch.testing.assert_close(by_ddim, clean, rtol=0, atol=1e-9)
     torch.testing.assert_close(by_ddpm, clean, rtol=0, atol=1e-9)
 
@@ -100,6 +110,23 @@ def test_ddpm_samples_have_the_spread_of_the_data():
     assert end.std().item() == pytest.approx(std, abs=0.01)
 
 
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_euler_is_ddim_without_noise(prediction_type):
+    """On every process: the straight path between noise and clean item is DDIM's path on another scale."""
+    of = process(prediction_type)
+    model = oracle(of, 0.3, 0.8)
+    by_euler = sample_euler(model, noise_of(0), process=of, num_steps=12)
+    by_ddim = sample_ddim(model, noise_of(0), process=of, num_steps=12, spacing="trailing", final_alpha_bar="one")
+    torch.testing.assert_close(by_euler, by_ddim, rtol=0, atol=1e-12)
+
+
+def test_euler_closed_forms():
+    latents, velocity = noise_of(0), noise_of(1)
+    torch.testing.assert_close(euler_step(latents, velocity, time=0.75, next_time=0.25), latents - 0.5 * velocity)
+    assert [flow_time(0.0), flow_time(1.0), flow_time(0.5)] == [1.0, 0.0, 0.5]
+    assert flow_time(0.36) == pytest.approx(0.8 / 1.4)
+
+
 def test_ddim_with_eta_1_is_ancestral_sampling():
     of = process()
     arguments = {"process": of, "num_steps": 12, "noise_fn": noise_of, "steps_offset": 0}
@@ -145,7 +172,7 @@ def test_clean_finish_adds_no_noise_in_the_last_steps():
     assert asked == list(range(6))
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler"])
 def test_latents_are_not_clipped_unless_asked(sampler):
     of, clean = process(), 5.0 * noise_of(50)
     model = known_clean(of, clean)
@@ -166,9 +193,39 @@ def test_samplers_start_from_pure_noise_with_zero_terminal_snr():
         alpha, sigma = (root.sqrt().view(-1, 1, 1, 1) for root in (alpha_bar, 1 - alpha_bar))
         return target("v_prediction", clean, (noised - alpha * clean) / sigma, alpha_bar)
 
-    for sampler in ("ddim", "ddpm"):
+    for sampler in ("ddim", "ddpm", "euler"):
         settings = SamplerSettings(sampler=sampler, num_steps=8, spacing="trailing", final_alpha_bar="one")
         end = run_sampler(settings, model, noise_of(0), process=of, noise_fn=noise_of)
+        torch.testing.assert_close(end, clean, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler"])
+@pytest.mark.parametrize(
+    ("of", "visited"),
+    [
+        (process(), [751, 501, 251, 1]),
+        (process("v_prediction", zero_terminal_snr=True), [999, 749, 499, 249]),
+        (process("sample", zero_terminal_snr=True), [999, 749, 499, 249]),
+        (process("flow"), [999, 749, 499, 249]),
+    ],
+)
+def test_a_process_that_ends_in_noise_is_sampled_from_its_end(sampler, of, visited):
+    asked = []
+
+    def model(shown, timesteps):
+        asked.append(timesteps[0].item())
+        return torch.zeros_like(shown)
+
+    end = run_sampler(SamplerSettings(sampler=sampler, num_steps=4), model, noise_of(0), process=of, noise_fn=noise_of)
+    assert asked == visited
+    assert end.isfinite().all()
+
+
+def test_a_flow_ends_without_noise_whatever_samples_it():
+    of, clean = process("flow", shift=3.0), noise_of(50)
+    for sampler in ("ddim", "ddpm", "euler"):
+        settings = SamplerSettings(sampler=sampler, num_steps=6)
+        end = run_sampler(settings, known_clean(of, clean), noise_of(0), process=of, noise_fn=noise_of)
         torch.testing.assert_close(end, clean, rtol=0, atol=1e-9)
 
 
@@ -202,8 +259,12 @@ def test_settings_reach_the_sampler():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: SamplerSettings(sampler="pndm"), "sampler: found 'pndm', allowed are ddim, ddpm"),
+        (lambda: SamplerSettings(sampler="pndm"), "sampler: found 'pndm', allowed are ddim, ddpm, euler"),
         (lambda: SamplerSettings(num_steps=None), "num_steps: found none, ddim needs a number of steps"),
+        (
+            lambda: SamplerSettings(sampler="euler", num_steps=None),
+            "num_steps: found none, euler needs a number of steps; only ddpm can visit every timestep",
+        ),
         (
             lambda: sample_ddim(None, noise_of(0), process=process(), num_steps=5, eta=1.5),
             "eta: found 1.5, allowed are 0 (deterministic) to 1 (ancestral)",

@@ -1,10 +1,13 @@
 """The latent diffusion task with fakes whose numbers can be worked out by hand."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from sdtrain.data.randomness import normals
 from sdtrain.diffusion.process import DiffusionProcess
+from sdtrain.diffusion.timesteps import TimestepPhase, TimestepSampling
 from sdtrain.errors import ConfigError, DataError
 from sdtrain.records import Batch, Conditioning
 from sdtrain.samplers.ddpm import sample_ddpm
@@ -210,6 +213,58 @@ def test_targets_and_min_snr_weights_by_prediction_type(prediction_type):
     torch.testing.assert_close(output.losses.double(), mse * weight, rtol=1e-5, atol=1e-7)
 
 
+def test_a_flow_is_shown_its_straight_path_and_asked_for_its_velocity():
+    task = make(
+        process=DiffusionProcess(num_train_timesteps=1000, prediction_type="flow"),
+        loss_weighting=5.0,
+        latents="mean",
+        condition_field=None,
+    )
+    task.conditioner.null = lambda batch: Conditioning()
+    batch = make_batch(task)
+    output = task.loss("denoiser", batch, 0)
+    clean = (batch.fields["moments"][:, :2].double() - SHIFT) * FACTOR
+    noise = batch.normals["noise"].double()
+    time = torch.tensor([0.001, 0.251, 0.501, 1.0], dtype=torch.float64)
+    place = time.view(-1, 1, 1, 1)
+    shown, timesteps, _, _ = task.denoiser.calls[0]
+    assert timesteps.tolist() == [0, 250, 500, 999]
+    torch.testing.assert_close(shown.double(), (1 - place) * clean + place * noise, rtol=1e-5, atol=1e-6)
+    mse = (noise - clean).square().mean((1, 2, 3))  # gain 0: the prediction is 0
+    torch.testing.assert_close(output.metrics["mse"].double(), mse, rtol=1e-5, atol=1e-7)
+    snr = ((1 - time) / time).square()
+    torch.testing.assert_close(output.losses.double(), mse * snr.clamp(max=5.0) * time**2, rtol=1e-5, atol=1e-7)
+
+
+def test_how_timesteps_are_chosen_is_the_sampling_s_business():
+    phases = (TimestepPhase(until_step=7), TimestepPhase(edges=(0.5,), weights=(0.0, 1.0)))
+    task = make(timesteps=TimestepSampling(strata=4, phases=phases))
+    batch = make_batch(task, uniforms=(0.0,) * 4)
+    task.loss("denoiser", batch, 6)
+    assert sorted(task.denoiser.calls[-1][1].tolist()) == [0, 250, 500, 750]
+    task.loss("denoiser", batch, 7)
+    assert sorted(task.denoiser.calls[-1][1].tolist()) == [500, 625, 750, 875]
+    figures = task.validate(make_batch(task, uniforms=(0.0,) * 4))
+    assert figures["timesteps"].tolist() == [0, 50, 100, 150], (
+        "validation walks through all levels, whatever training does"
+    )
+
+
+def test_losses_by_bins_of_the_timesteps():
+    """The quotient of a pair's means is the mean loss of the samples in the bin."""
+    task = make(gain=0.5, loss_bins=4)
+    output = task.loss("denoiser", make_batch(task, uniforms=(0.0, 0.26, 0.3, 0.999)), 0)
+    assert output.metrics["timesteps"].tolist() == [0.0, 260.0, 300.0, 999.0]
+    losses = output.losses.detach()
+    pairs = [(output.metrics[f"loss_bin_{i:02d}.sum"], output.metrics[f"loss_bin_{i:02d}.count"]) for i in range(4)]
+    assert [pair[1].tolist() for pair in pairs] == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert pairs[1][0].mean() / pairs[1][1].mean() == pytest.approx(losses[1:3].mean().item())
+    assert pairs[3][0].tolist() == [0.0, 0.0, 0.0, losses[3].item()]
+    assert not any(values.requires_grad for values in output.metrics.values())
+    assert "loss_bin_04.sum" not in output.metrics
+    assert set(make(loss_bins=0).loss("denoiser", make_batch(task), 0).metrics) == {"mse", "timesteps"}
+
+
 def test_offset_noise_shifts_whole_channels():
     task = make(noise_offset=0.1, latents="mean")
     batch = make_batch(task, uniforms=(0.9995,), drops=(0.5,))
@@ -219,6 +274,24 @@ def test_offset_noise_shifts_whole_channels():
     difference = task.denoiser.calls[0][0] - plain.denoiser.calls[0][0]
     expected = 0.1 * batch.normals["noise_offset"] * (1 - task.process.alpha_bar[999]).sqrt()
     torch.testing.assert_close(difference, expected.expand_as(difference), rtol=0, atol=1e-6)
+
+
+def test_offset_noise_has_the_covariance_of_its_two_parts():
+    """Within a channel every two values share the offset: variance 1 + s^2, covariance s^2; across channels 0."""
+    offset = 0.5
+    task = make(noise_offset=offset, latents="mean", gain=1.0)
+    size, (channels, height, width) = 20_000, LATENT_SHAPE
+    seeds = range(size)
+    draws = {
+        name: torch.from_numpy(np.stack([normals(1, name, seed, shape) for seed in seeds]))
+        for name, shape in task.draws.normals.items()
+    }
+    noise = task._noise(make_batch(task, normals=draws)).flatten(1).double()
+    measured = noise.T @ noise / size
+    same_channel = torch.block_diag(*[torch.ones(height * width, height * width)] * channels)
+    expected = torch.eye(channels * height * width) + offset**2 * same_channel
+    spread = (expected.diagonal().outer(expected.diagonal()) + expected.square()).sqrt() / size**0.5  # of each entry
+    assert ((measured - expected) / spread).abs().max().item() < 5.0
 
 
 def test_maths_stays_float32_around_a_bf16_denoiser():
@@ -345,7 +418,7 @@ def test_images_stay_in_range():
     assert images.abs().max().item() == 1.0  # a gain of 3 would leave the range
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler"])
 def test_an_image_depends_on_its_seed_and_condition_alone(sampler):
     task = make(gain=0.3)
     task.autoencoder.gain.data.fill_(0.01)
@@ -397,6 +470,8 @@ def test_guidance_is_one_forward_of_twice_the_batch():
         ({"condition_dropout": 1.0}, "task.condition_dropout: found 1.0, allowed are 0 up to below 1"),
         ({"loss_weighting": 0.0}, "task.loss_weighting.gamma: found 0.0, allowed are numbers above 0"),
         ({"latents": "mode"}, "task.latents: found 'mode', allowed are sample, mean"),
+        ({"noise_offset": -0.1}, "process.noise_offset: found -0.1, allowed are 0 and more"),
+        ({"loss_bins": 101}, "task.loss_bins: found 101, allowed are 0 to 100"),
     ],
 )
 def test_refused_arguments(changes, text):
