@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sdtrain import distributed
 from sdtrain.checkpoints import protocol
 from sdtrain.checkpoints.manifest import rank_file
 from sdtrain.checkpoints.recut import KINDS, Layout, spans, tensor_name
+from sdtrain.checkpoints.saver import Saver
 from sdtrain.errors import SdtrainError
 
 LAYOUT = Layout.of([{"weight": (40, 3), "scale": ()}, {"bias": (7,)}])
@@ -57,7 +60,7 @@ def facts(step: int, world_size: int) -> dict[str, Any]:
 
 
 def act(job: dict[str, Any], rank: int) -> str | None:
-    """One rank's part of a job; `die` and `fail` name the rank and the stage."""
+    """One rank's part of a job; `die` and `fail` name the rank and the stage, `boundary` being the one of training."""
     folder, world_size = Path(job["folder"]), job["world_size"]
     if job["action"] == "find":
         found = protocol.find(folder, job.get("resume", "auto"))
@@ -69,16 +72,33 @@ def act(job: dict[str, Any], rank: int) -> str | None:
         if job.get("fail") == [rank, stage]:
             raise OSError(28, "No space left on device")
 
-    path = protocol.commit(
-        folder,
-        step=job["step"],
-        attempt=job["attempt"],
-        files=rank_files(job["step"], rank, world_size),
-        facts=facts(job["step"], world_size),
-        texts={"config.yaml": "schema_version: 1\n"},
-        on_stage=on_stage,
-    )
+    state: dict[str, Any] = {
+        "step": job["step"],
+        "attempt": job["attempt"],
+        "files": rank_files(job["step"], rank, world_size),
+        "facts": facts(job["step"], world_size),
+        "texts": {"config.yaml": "schema_version: 1\n"},
+    }
+    if job.get("asynchronous"):
+        path = save_beside_training(Saver(folder, asynchronous=True, on_stage=on_stage), state, on_stage)
+    else:
+        path = protocol.commit(folder, on_stage=on_stage, **state)
     return path.name if path else None
+
+
+def save_beside_training(saver: Saver, state: dict[str, Any], on_stage: Callable[[str], None]) -> Path | None:
+    """Take the state, go on changing it, and commit at the first boundary where no rank writes any more."""
+    saver.begin(**state)
+    while True:
+        for tensors in state["files"].values():
+            for tensor in tensors.values():
+                tensor.add_(1)
+        if not distributed.any_rank(saver.is_writing):
+            break
+    on_stage("boundary")
+    saved = saver.finish()
+    assert saved is not None
+    return saved.path
 
 
 def run_rank(job: dict[str, Any], rank: int, scratch: Path) -> int:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from sdtrain.checkpoints import saver as saver_module
 from sdtrain.checkpoints.manifest import Checkpoint, list_checkpoints
-from sdtrain.checkpoints.protocol import verify
+from sdtrain.checkpoints.protocol import Report, verify
+from sdtrain.checkpoints.recut import read_span
 from sdtrain.checkpoints.retention import Retention
+from sdtrain.checkpoints.saver import Saved
 from sdtrain.errors import CheckpointError, ExitCode, StorageError
 from sdtrain.run_dir import RunDir
 from sdtrain.training.keeper import CheckpointKeeper
@@ -138,6 +143,95 @@ def test_a_real_full_disk_counts_as_a_failed_save(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("sdtrain.checkpoints.protocol._free", lambda folder: (0.0, 0.0))
     assert committed(make(tmp_path), 1) is None
     assert commits(tmp_path) == []
+
+
+def test_a_new_save_waits_for_the_one_in_flight_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = saver_module.write
+    go_on = threading.Event()
+
+    def slow(*args: Any) -> Report:
+        go_on.wait(0.2)
+        return real(*args)
+
+    monkeypatch.setattr(saver_module, "write", slow)
+    told: list[Saved] = []
+    keeper = make(tmp_path, on_saved=told.append)
+    keeper.save(1)
+    assert keeper.is_writing
+    keeper.save(1)  # is on its way
+    keeper.save(2)
+    assert "checkpoint of step 1 is still being written at step 2: training waits for it" in caplog.text
+    assert [row[0] for row in commits(tmp_path)] == ["step-00000001"]
+    go_on.set()
+    keeper.finish(2)
+    assert not keeper.is_writing
+    assert [(saved.step, saved.path) for saved in told] == [
+        (step, tmp_path / "checkpoints" / f"step-{step:08d}") for step in (1, 2)
+    ]
+    assert told[0].stall_seconds > 0.1 > told[1].stall_seconds
+    rows = [row for row in RunDir(tmp_path).ledger_rows() if row["event"] == "commit"]
+    assert [row["stall_seconds"] for row in rows] == [round(saved.stall_seconds, 3) for saved in told]
+    assert [row["parent"] for row in rows] == [None, "step-00000001"]
+    keeper.close()
+
+
+def test_what_changes_after_a_save_is_not_in_it(tmp_path: Path) -> None:
+    engine = PlainEngine()
+    expected = engine.state["master"].clone()
+    keeper = make(tmp_path, engine=engine)
+    keeper.save(1)
+    engine.state["master"].fill_(7)
+    engine.applied_steps = 9
+    keeper.join()
+    checkpoint = Checkpoint.open(tmp_path / "checkpoints" / "step-00000001")
+    assert torch.equal(read_span(checkpoint, "denoiser", 0, "master", 0, len(expected)), expected)
+    assert checkpoint.manifest["applied_steps"] == {"denoiser": 0}
+
+
+def test_the_end_of_a_run_tries_again_and_does_not_pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_times(monkeypatch, [False, False, True, False, False, False])
+    keeper = make(tmp_path)
+    keeper.save(4)
+    keeper.finish(4)
+    assert [row[0] for row in commits(tmp_path)] == ["step-00000004"]
+    with pytest.raises(StorageError, match="3 saves in a row failed"):
+        keeper.finish(5)
+
+
+def test_restoring_waits_for_the_save_in_flight(tmp_path: Path) -> None:
+    keeper = make(tmp_path)
+    keeper.save(1)
+    committed(keeper, 1)
+    keeper.save(2)
+    keeper.restore(list_checkpoints(tmp_path / "checkpoints")[-1])
+    assert [row[0] for row in commits(tmp_path)] == ["step-00000001", "step-00000002"]
+    assert (keeper.saved_step, keeper.resumed_from) == (1, "step-00000001")
+
+
+def test_a_checkpoint_holds_what_was_measured_at_its_own_step_and_the_best_survive_a_resume(tmp_path: Path) -> None:
+    keep = Retention(keep_last=2, keep_best=1)
+    keeper = make(tmp_path, retention=keep)
+    for step, loss in ((1, 0.5), (2, 0.1), (3, 0.4), (4, 0.3)):
+        keeper.note(step, {"validation/loss": loss})
+        committed(keeper, step)
+    committed(keeper, 5)
+    again = make(tmp_path, attempt="a2", retention=keep)
+    again.restore(list_checkpoints(tmp_path / "checkpoints")[0])
+    for step in (6, 7, 8):
+        committed(again, step)
+    kept = list_checkpoints(tmp_path / "checkpoints")
+    assert [(one.step, dict(one.figures)) for one in kept] == [(8, {}), (7, {}), (5, {}), (2, {"validation/loss": 0.1})]
+
+
+def test_a_figure_that_validation_does_not_know_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keeper = make(tmp_path, retention=Retention(keep_last=2, keep_best=1, best_by="validation/los"))
+    keeper.note(1, {"validation/loss": 0.5, "validation/loss_bin_00": 0.4})
+    assert (
+        "checkpoint.best_by = validation/los is no figure of validation (validation/loss, validation/loss_bin_00): no "
+        "checkpoint is kept for it"
+    ) in caplog.text
 
 
 def test_restoring_goes_on_where_the_checkpoint_ends(tmp_path: Path) -> None:
