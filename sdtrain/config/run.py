@@ -321,6 +321,22 @@ def kept_checkpoints_are_written(checkpoint: CheckpointConfig) -> Iterator[Probl
         yield Problem("checkpoint.keep_every_steps", f"must be a multiple of checkpoint.every_steps = {every}")
 
 
+def the_best_are_measured(checkpoint: CheckpointConfig, validation: ValidationConfig | None) -> Iterator[Problem]:
+    """A checkpoint is judged by what validation measured at its own step."""
+    if checkpoint.keep_best is None:
+        return
+    if validation is None:
+        yield Problem("checkpoint.keep_best", f"needs a section validation, which measures {checkpoint.best_by}")
+        return
+    saves, measures = checkpoint.every_steps, validation.every_steps
+    if saves % measures and measures % saves:
+        yield Problem(
+            "checkpoint.keep_best",
+            f"needs validation at the steps of checkpoints: of checkpoint.every_steps = {saves} and "
+            f"validation.every_steps = {measures} one must be a multiple of the other",
+        )
+
+
 TRAINING_RULES = (
     batch_splits_into_micro_batches,
     one_length_of_the_run,
@@ -339,4 +355,5 @@ TRAINING_RULES = (
     steps_fit_the_process,
     bins_fit_the_process,
     kept_checkpoints_are_written,
+    the_best_are_measured,
 )

@@ -170,6 +170,18 @@ def page(tmp_path: Path, text: str) -> Path:
             ["checkpoint={every_steps: 4, keep_every_steps: 6}"],
             "checkpoint.keep_every_steps = 6 (command line): must be a multiple of checkpoint.every_steps = 4",
         ),
+        (
+            ["checkpoint={keep_best: 2}"],
+            "checkpoint.keep_best = 2 (command line): needs a section validation, which measures validation/loss",
+        ),
+        (
+            [
+                "checkpoint={keep_best: 2, every_steps: 6}",
+                "validation={every_steps: 4, num_samples: 1, batch_size: 1}",
+            ],
+            "checkpoint.keep_best = 2 (command line): needs validation at the steps of checkpoints: of "
+            "checkpoint.every_steps = 6 and validation.every_steps = 4 one must be a multiple of the other",
+        ),
     ],
 )
 def test_training_rules(tmp_path: Path, overrides: list[str], line: str) -> None:
