@@ -105,13 +105,17 @@ def train_loader(
     rank: int,
     num_workers: int,
     prefetch: int,
+    skipped_steps: int = 0,
 ) -> Generator[tuple[int, int, Batch]]:
     """This rank's micro-batches from `start_step` up to, and without, `max_steps`.
 
-    Step s takes the positions [s * batch_size, (s + 1) * batch_size) of the order; nothing else is carried over, so a
-    resumed run goes on at `start_step` = steps taken, at any world size. Close the iterator to stop its workers.
+    Step s takes the positions [p, p + batch_size) of the order with p = (s + skipped_steps) * batch_size; nothing else
+    is carried over, so a resumed run goes on at `start_step` = steps taken, at any world size. Close the iterator to
+    stop its workers.
 
     Args:
+        start_step: Steps taken.
+        skipped_steps: Steps' worth of positions that the run has left out for good (a rollback).
         batch_size: Global batch.
         micro_batch_size: Per rank; batch_size = micro_batch_size x accumulation x world_size.
         num_workers: Processes that read ahead; 0 reads in this process. Does not change what comes out.
@@ -137,7 +141,7 @@ def train_loader(
     def plan() -> Iterator[range]:
         for step, micro in places():
             yield rank_slice(
-                step=step,
+                step=step + skipped_steps,
                 batch_size=batch_size,
                 world_size=world_size,
                 rank=rank,
