@@ -168,6 +168,11 @@ def _latent_diffusion(config: TrainingConfig, task: LatentDiffusionConfig, manif
     )
 
 
+def forward_flops(task: Task) -> int | None:
+    """Floating-point operations of one sample's pass through the denoiser; None for a task without one."""
+    return task.forward_flops() if isinstance(task, LatentDiffusionTask) else None
+
+
 def prepare(network: unet.UNet, config: TrainingConfig) -> None:
     """Checkpointing and compilation of the repeated blocks; parameter names stay as they are."""
     trainer = config.trainer

@@ -24,6 +24,7 @@ from sdtrain.tasks.parts import (
     Conditioner,
     as_module,
     bin_losses,
+    count_flops,
     device_of,
     evaluating,
     field,
@@ -203,6 +204,21 @@ class LatentDiffusionTask:
         """Images in [-1, 1], float32, of scaled latents."""
         raw_latents = self.autoencoder.unscale(latents)
         return self.autoencoder.decode(raw_latents.to(working_dtype(as_module(self.autoencoder)))).float().clamp(-1, 1)
+
+    def forward_flops(self) -> int:
+        """Floating-point operations of one sample's pass through the denoiser: counted on shapes, nothing is computed.
+
+        A multiplication with its addition counts as two.
+        """
+        device = device_of(self.denoiser)
+        with evaluating(as_module(self.conditioner)):
+            conditioning = self.conditioner.null(1).to(device)
+        return count_flops(
+            self.denoiser,
+            torch.empty(1, *self.latent_shape, dtype=working_dtype(self.denoiser), device="meta"),
+            torch.zeros(1, dtype=torch.int64, device="meta"),
+            conditioning.to("meta", dtype=working_dtype(self.denoiser)),
+        )
 
     # The parts of a loss, in the order in which they run ------------------------------------------------------------
 

@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from sdtrain.errors import DataError
 from sdtrain.records import Batch, Conditioning
@@ -98,6 +100,20 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def count_flops(module: nn.Module, *inputs: Tensor | Conditioning) -> int:
+    """Floating-point operations of a forward pass, on shapes alone: parameters are replaced by ones without storage.
+
+    Args:
+        module: Where and in which precision it is does not matter.
+        inputs: On the meta device.
+    """
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    shapes = {name: tensor.detach().to("meta") for name, tensor in state.items()}
+    with evaluating(module), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        functional_call(module, shapes, inputs)
+    return counter.get_total_flops()
 
 
 def field(batch: Batch, name: str, task: str) -> Tensor:

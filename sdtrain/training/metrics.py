@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from sdtrain.run_dir import RunDir, append_json_line, read_json_lines
 
@@ -28,11 +33,12 @@ class MetricsLog:
         """
         self._path = run_dir.metrics
         self._attempt = attempt
-        append_json_line(self._path, {"attempt": attempt, "resumed_step": resumed_step})
+        start = {"attempt": attempt, "resumed_step": resumed_step, "time": time.time()}
+        append_json_line(self._path, start | {"process_started": psutil.Process().create_time()})
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """Append figures of `step` finished steps, such as `train/loss`; several rows of one step are joined."""
-        append_json_line(self._path, {"step": step, "attempt": self._attempt, **row})
+        append_json_line(self._path, {"step": step, "attempt": self._attempt, "time": time.time(), **row})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -52,9 +58,41 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def last_logged_step(path: Path) -> int:
-    """The last step that any attempt logged, dead ones included; -1 if none did. Copies (W&B) continue after it."""
-    return max((row["step"] for row in read_json_lines(path) if isinstance(row, dict) and "step" in row), default=-1)
+def joined_pairs(means: Mapping[str, float]) -> dict[str, float]:
+    """Means with every pair `name.sum`, `name.count` replaced by its quotient `name`; see `LossOutput.metrics`.
+
+    A pair that nobody counted for is left out: there is no such figure.
+    """
+    figures = {}
+    for name, value in means.items():
+        stem, _, part = name.rpartition(".")
+        count = means.get(f"{stem}.count")
+        if count is None or part not in ("sum", "count"):
+            figures[name] = value
+        elif part == "sum" and count > 0:
+            figures[stem] = value / count
+    return figures
+
+
+class SpikeWatch:
+    """Tells a loss that stands out from those before it."""
+
+    def __init__(self, *, factor: float = 3.0, memory: int = 50, least: int = 10) -> None:
+        """Compare with the median of the last `memory` values, once there are `least` of them."""
+        self._factor = factor
+        self._least = least
+        self._values: deque[float] = deque(maxlen=memory)
+
+    def see(self, value: float) -> float | None:
+        """How many times the median `value` is, if it stands out; a value that is not finite always does (infinity).
+
+        A median is not moved by a few spikes, and follows a loss that stays high.
+        """
+        median = statistics.median(self._values) if len(self._values) >= self._least else math.inf
+        if not math.isfinite(value):
+            return math.inf
+        self._values.append(value)
+        return value / median if value > self._factor * median > 0 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from sdtrain.records import Batch, Task
 from sdtrain.run_dir import RunDir, write_atomically
 from sdtrain.training import environment
 from sdtrain.training.engine import DTYPES, Engine, EngineSettings
+from sdtrain.training.goodput import Goodput
 from sdtrain.training.heartbeat import LEAVING, Patience
 from sdtrain.training.keeper import CheckpointKeeper
 from sdtrain.training.lr_schedule import learning_rate_at
@@ -41,6 +42,7 @@ from sdtrain.training.reporter import Reporter
 from sdtrain.training.stragglers import Stragglers, WorkClock
 from sdtrain.training.tracking import Tracker
 from sdtrain.training.trainer import Periodic, Report, Trainer, TrainerSettings
+from sdtrain.training.utilisation import utilisation_here
 from sdtrain.training.watchdog import Watched
 
 log = logging.getLogger(__name__)
@@ -82,8 +84,8 @@ def train(config: TrainingConfig, *, resume: Resume = "auto", hooks: Hooks | Non
         leave_together(run.folder, run.attempt, code, reason, run.step)
     except BaseException as error:
         run.beat(LEAVING)
-        code = leave_broken(run.folder, run.attempt, error, run.step)
-    run.close()
+        code, reason = leave_broken(run.folder, run.attempt, error, run.step), f"{type(error).__name__}: {error}"
+    run.close(code, reason)
     # No farewells of interpreter and torch: after an error other ranks may wait in a collective that this one never
     # joins, and the threads of process groups that DeepSpeed keeps can abort a finished process while it is torn down.
     sys.stdout.flush()
@@ -165,7 +167,7 @@ class Attempt:
             keeper.restore(checkpoint)
         max_steps = build.max_steps(config, manifest)
         self._write_down()
-        self.reporter = self._reporter(start, max_steps)
+        self.reporter = self._reporter(task, start, max_steps)
         self.trainer = self._trainer(task, manifest, engines, keeper, start, max_steps, accumulation)
         is_told = distributed.max_over_ranks(self.preemption.poll()) >= Request.REQUEUE  # while it was built
         complete = not is_told and self.trainer.fit()
@@ -176,13 +178,13 @@ class Attempt:
             self.hooks.finish(config, self.folder)
         return self._verdict(complete)
 
-    def close(self) -> None:
-        """Give signals and terminal back and end the data workers."""
+    def close(self, code: ExitCode, reason: str) -> None:
+        """Give signals and terminal back, end the data workers, and tell who watches why the run stops."""
         self.preemption.uninstall()
         if self.batches is not None:
             self.batches.close()
         if self.reporter is not None:
-            self.reporter.close()
+            self.reporter.stop(code, reason)
         self.watched.close()
 
     def _verdict(self, complete: bool) -> tuple[ExitCode, str]:
@@ -253,6 +255,10 @@ class Attempt:
         """A figure of how long training stood still for a save, beside those of the step that it was committed at."""
         if self.reporter is not None:
             self.reporter.log(self.step, {"train/checkpoint_stall_seconds": saved.stall_seconds})
+            if saved.path is None:
+                self.reporter.alert(
+                    "checkpoint not saved", f"step {saved.step}: training goes on, see the log", "ERROR"
+                )
 
     def _announce(self, checkpoint: Checkpoint | None, start: int, resume: Resume) -> None:
         """Log the start of this attempt, unless it would end like the last ones; who says where to start knows more."""
@@ -276,8 +282,9 @@ class Attempt:
             write_atomically(self.folder.config, dump_yaml(self.config))
             write_atomically(self.folder.environment, json.dumps(environment.describe(), indent=2) + "\n")
 
-    def _reporter(self, start: int, max_steps: int) -> Reporter:
+    def _reporter(self, task: Task, start: int, max_steps: int) -> Reporter:
         config, main = self.config, distributed.ranks().is_main
+        precision, world_size = config.trainer.precision, distributed.ranks().world_size
         return Reporter(
             metrics=MetricsLog(self.folder, attempt=self.attempt, resumed_step=start) if main else None,
             tracker=Tracker.start(self.folder, config) if main else None,
@@ -286,6 +293,8 @@ class Attempt:
             max_steps=max_steps,
             batch_size=config.data.batch_size,
             stragglers=Stragglers(self.work, distributed.gather_objects(socket.gethostname())),
+            goodput=Goodput.of(self.folder) if main else None,
+            utilisation=utilisation_here(lambda: build.forward_flops(task), precision=precision, world_size=world_size),
         )
 
     def _trainer(

@@ -5,23 +5,32 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import queue
 import secrets
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
 from sdtrain.config.run import TrainingConfig
 from sdtrain.run_dir import RunDir, write_atomically
-from sdtrain.training.metrics import last_logged_step
+from sdtrain.training.metrics import read_metrics
+from sdtrain.training.wandb_files import last_tracked_step
 
 log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "online", "offline", "disabled"]
+AlertLevel = Literal["INFO", "WARN", "ERROR"]
 
 STEP = "train/step"
 INIT_TIMEOUT_SECONDS = 30.0
 FINISH_TIMEOUT_SECONDS = 60.0
+FINISH_GRACE_SECONDS = 5.0
+ALERT_PAUSE_SECONDS = 300.0
+QUEUE_LENGTH = 1000
 
 
 def has_key(environment: Mapping[str, str], home: Path) -> bool:
@@ -57,6 +66,9 @@ def run_id(run_dir: RunDir) -> str:
 class Tracker:
     """A W&B run; rank 0 only. Whatever W&B does wrong costs one warning and ends the tracking, never the training.
 
+    Everything after the start runs in a thread of its own: a service that hangs fills a bounded queue, whose overflow
+    is dropped, and no call here waits longer than `finish`, which waits `FINISH_TIMEOUT_SECONDS` and a little.
+
     Attributes:
         mode: What it came to: `online`, `offline` or `disabled`.
         id: The run's W&B id; empty where nothing is tracked.
@@ -70,7 +82,7 @@ class Tracker:
         name: str,
         mode: Mode = "auto",
         config: Mapping[str, Any] | None = None,
-        logged_until: int = -1,
+        past: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Start or continue the run's W&B run.
 
@@ -80,30 +92,41 @@ class Tracker:
             name: Name to show.
             mode: See `resolve_mode`.
             config: The resolved configuration, as plain values.
-            logged_until: `metrics.last_logged_step` before this attempt: W&B has those steps already, and a replayed
-                step would stand there twice.
+            past: Rows of the lineage that this attempt continues (`metrics.read_metrics`). W&B has them all, but for
+                what a killed attempt had not handed over yet: that is made up for first. What W&B has already is never
+                logged again, also where dead attempts got further: a replayed step would stand there twice.
         """
         self.mode = resolve_mode(mode, os.environ, Path.home())
         self.id = ""
-        self._logged_until = logged_until
+        self._logged_until = -1
         self._run: Any = None
+        self._queue: queue.Queue[Callable[[], Any] | None] = queue.Queue(maxsize=QUEUE_LENGTH)
+        self._thread: threading.Thread | None = None
+        self._overflowed = False
         if self.mode == "disabled":
             return
         self.id = run_id(run_dir)
         started = self._guard(lambda: _start(run_dir, self.id, project, name, self.mode, config or {}))
-        if started is not None:
-            self._run, self.mode = started
+        if started is None:
+            return
+        self._run, self.mode = started
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+        self._submit(lambda: self._catch_up(run_dir, past))
 
     @classmethod
     def start(cls, run_dir: RunDir, config: TrainingConfig) -> Tracker:
-        """The tracker that a training page asks for, after whatever earlier attempts logged."""
+        """The tracker that a training page asks for, after whatever earlier attempts logged.
+
+        The attempt's own `MetricsLog` is open already, so that its lineage is the one that goes on.
+        """
         return cls(
             run_dir,
             project=config.tracking.project,
             name=config.name or config.resolved_run_dir.name,
             mode=config.tracking.mode,
             config=config.model_dump(mode="json"),
-            logged_until=last_logged_step(run_dir.metrics),
+            past=read_metrics(run_dir.metrics),
         )
 
     @property
@@ -112,14 +135,11 @@ class Tracker:
         return self._run.url if self._run is not None and self.mode == "online" else None
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
-        """Copy figures of `step` finished steps; a step that an earlier attempt logged is left out."""
-        if self._run is not None and step > self._logged_until:
-            self._guard(lambda: self._run.log({STEP: step, **row}, step=step))
+        """Copy figures of `step` finished steps; a step that W&B has already is left out."""
+        self._submit(lambda: self._send(step, row))
 
     def log_images(self, step: int, key: str, images: Sequence[Any], captions: Sequence[str] | None = None) -> None:
         """Copy images (PIL, uint8 (H, W, 3) arrays, or paths) under `key`; a replayed step is left out."""
-        if self._run is None or step <= self._logged_until:
-            return
 
         def send() -> None:
             import wandb
@@ -129,15 +149,63 @@ class Tracker:
                 wandb.Image(str(image) if isinstance(image, Path) else image, caption=text)
                 for image, text in zip(images, texts, strict=True)
             ]
-            self._run.log({STEP: step, key: shown}, step=step)
+            self._send(step, {key: shown})
 
-        self._guard(send)
+        self._submit(send)
+
+    def alert(self, title: str, text: str, level: AlertLevel = "WARN") -> None:
+        """Ask W&B to tell the people who watch the run, at most once in `ALERT_PAUSE_SECONDS` for each title."""
+        pause = ALERT_PAUSE_SECONDS
+        self._submit(lambda: self._run.alert(title=title, text=text, level=level, wait_duration=pause))
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the run and wait, within limits, for what is still on its way."""
-        if self._run is not None:
-            self._guard(lambda: self._run.finish(exit_code=exit_code))
-            self._run = None
+        if self._thread is None:
+            return
+        limit = FINISH_TIMEOUT_SECONDS + FINISH_GRACE_SECONDS
+        end = time.monotonic() + limit
+        with suppress(queue.Full):
+            for act in (lambda: self._run.finish(exit_code=exit_code), None):
+                self._queue.put(act, timeout=max(end - time.monotonic(), 0.0))
+        self._thread.join(max(end - time.monotonic(), 0.0))
+        if self._thread.is_alive():
+            log.warning(
+                "W&B did not finish within %.0f s and is left behind; `wandb sync` sends what its folder holds, and "
+                "metrics.jsonl holds everything",
+                limit,
+            )
+        self._thread = None
+
+    # Inside the thread ----------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (act := self._queue.get()) is not None:
+            if self.mode != "disabled":
+                self._guard(act)
+
+    def _catch_up(self, run_dir: RunDir, past: Sequence[Mapping[str, Any]]) -> None:
+        """Find out how far W&B's history got, and send what of this lineage is missing."""
+        if self.mode == "online":
+            self._logged_until = int(self._run.starting_step) - 1
+        else:
+            self._logged_until = last_tracked_step(run_dir.path)
+        for row in past:
+            self._send(row["step"], {key: value for key, value in row.items() if "/" in key})
+
+    def _send(self, step: int, row: Mapping[str, Any]) -> None:
+        if step > self._logged_until:
+            self._run.log({STEP: step, **row}, step=step)
+
+    def _submit(self, act: Callable[[], Any]) -> None:
+        """Hand an act to the thread without waiting for it."""
+        if self._thread is None:
+            return
+        try:
+            self._queue.put_nowait(act)
+        except queue.Full:
+            if not self._overflowed:
+                log.warning("W&B does not keep up: figures are left out there, metrics.jsonl holds everything")
+            self._overflowed = True
 
     def _guard(self, act: Callable[[], Any]) -> Any:
         try:
@@ -148,7 +216,7 @@ class Tracker:
                 type(error).__name__,
                 error,
             )
-            self._run, self.mode = None, "disabled"
+            self.mode = "disabled"
             return None
 
 

@@ -7,11 +7,12 @@ from sdtrain.autoencoders.kl import AutoencoderKL
 from sdtrain.conditioners.none import NoConditioner
 from sdtrain.conditioners.text import small_clip_text
 from sdtrain.data.randomness import normals, uniforms
-from sdtrain.denoisers.unet import UNet
+from sdtrain.denoisers.unet import PRESETS, UNet
 from sdtrain.diffusion.process import DiffusionProcess
 from sdtrain.records import Batch, Conditioning
 from sdtrain.tasks.autoencoding import AutoencodingTask, latent_statistics
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
+from sdtrain.tasks.parts import count_flops
 
 LATENT_SHAPE = (4, 8, 8)
 MAX_LENGTH = 7
@@ -211,3 +212,61 @@ def test_the_scale_of_the_statistics_gives_unit_variance(latents):
     noise = torch.randn(16, *LATENT_SHAPE, generator=torch.Generator().manual_seed(1))
     raw = network.posterior_sample(moments, noise) if latents == "sample" else network.posterior_mean(moments)
     assert network.scale(raw).std().item() == pytest.approx(1.0, abs=0.02)
+
+
+def test_flops_are_counted_on_shapes_alone():
+    """A 3x3 convolution of 2 to 5 channels at 8x8 and a linear layer, by hand; the network is not run."""
+
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(2, 5, 3, padding=1)
+            self.linear = torch.nn.Linear(3, 5)
+            self.register_buffer("shift", torch.zeros(5))
+
+        def forward(self, latents, timesteps, conditioning):
+            told = self.linear(conditioning.tokens).mean(1) + self.shift
+            return self.conv(latents) + told.view(-1, 5, 1, 1)
+
+    flops = count_flops(
+        Small(),
+        torch.empty(1, 2, 8, 8, device="meta"),
+        torch.zeros(1, dtype=torch.int64, device="meta"),
+        Conditioning(tokens=torch.empty(1, 4, 3, device="meta")),
+    )
+    assert flops == 2 * (5 * 8 * 8 * 2 * 9) + 2 * (4 * 3 * 5)
+
+
+def test_flops_of_the_task_grow_with_the_image_and_compiled_blocks_are_not_compiled():
+    network = unet(16)
+    for block in network.repeated_blocks():
+        block.compile(backend=lambda graph, inputs: pytest.fail("compiled"))
+    counts = [
+        LatentDiffusionTask(
+            denoiser=network,
+            conditioner=text(trainable=False),
+            autoencoder=autoencoder(),
+            process=process(),
+            latent_shape=(4, size, size),
+            condition_dropout=0.1,
+            loss_weighting=None,
+            latents="mean",
+        ).forward_flops()
+        for size in (8, 16)
+    ]
+    assert 3.5 < counts[1] / counts[0] < 5.0
+    assert all(parameter.device.type == "cpu" for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(("size", "flops"), [(64, 803_273_441_280), (32, 180_106_444_800)])
+def test_flops_of_stable_diffusion(size, flops):
+    """Frozen; published counts without attention's products are 2 x 339 G at 64x64."""
+    with torch.device("meta"):
+        network = UNet(**PRESETS["sd15"])
+    counted = count_flops(
+        network,
+        torch.empty(1, 4, size, size, device="meta"),
+        torch.zeros(1, dtype=torch.int64, device="meta"),
+        Conditioning(tokens=torch.empty(1, 77, 768, device="meta")),
+    )
+    assert counted == flops

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +11,14 @@ from typing import Any
 import pytest
 
 from sdtrain import distributed
+from sdtrain.errors import ExitCode
 from sdtrain.run_dir import RunDir
 from sdtrain.training import reporter as reporter_module
+from sdtrain.training.goodput import Goodput
 from sdtrain.training.metrics import MetricsLog, Throughput, read_metrics
 from sdtrain.training.reporter import Reporter, memory_gib
 from sdtrain.training.trainer import Report, StepResult
+from sdtrain.training.utilisation import Utilisation
 
 
 class Recorder:
@@ -31,8 +36,11 @@ class Recorder:
     def update(self, **figures: Any) -> None:
         self.calls.append(("update", figures))
 
-    def finish(self) -> None:
-        self.calls.append("finish")
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.calls.append(("alert", title, text, level))
+
+    def finish(self, exit_code: int) -> None:
+        self.calls.append(("finish", exit_code))
 
     def close(self) -> None:
         self.calls.append("close")
@@ -68,6 +76,8 @@ def make(metrics: MetricsLog | None, tracker: Any = None, progress: Any = None) 
 
 
 COMMON = {
+    "train/seconds": 4.0,
+    "train/useful_seconds": 1.5,  # 1 of 4 s waited for data, 1 of 2 steps was skipped
     "train/samples_seen": 80.0,
     "train/images_per_second": 4.0,
     "train/data_wait_share": 0.25,
@@ -88,8 +98,10 @@ def test_one_trainable_needs_no_name(tmp_path: Path) -> None:
         "train/learning_rate": 1e-3,
         "train/ema_decay": 0.9,
     }
-    assert tracker.calls == [("log", 10, expected)]
-    assert read_metrics(run.metrics) == [{"step": 10, "attempt": "a", **expected}]
+    assert tracker.calls[0] == ("log", 10, expected)
+    (row,) = read_metrics(run.metrics)
+    assert row.pop("time") == pytest.approx(time.time(), abs=60)
+    assert row == {"step": 10, "attempt": "a", **expected}
     assert progress.calls == [
         (
             "update",
@@ -131,6 +143,69 @@ def test_a_window_of_skipped_steps_still_reports(tmp_path: Path) -> None:
     assert progress.calls[0][1]["loss"] != progress.calls[0][1]["loss"]
 
 
+def test_figures_over_some_of_the_samples_are_quotients_of_their_pair(tmp_path: Path) -> None:
+    """0.3 of the loss fell on the quarter of the samples in bin 3: their mean was 1.2; nobody was in bin 4."""
+    tracker = Recorder()
+    means = {
+        "denoiser/loss": 0.5,
+        "denoiser/loss_bin_03.sum": 0.3,
+        "denoiser/loss_bin_03.count": 0.25,
+        "denoiser/loss_bin_04.sum": 0.0,
+        "denoiser/loss_bin_04.count": 0.0,
+    }
+    make(MetricsLog(RunDir(tmp_path), attempt="a"), tracker).report(report(means, {"denoiser": result()}))
+    figures = tracker.calls[0][2]
+    assert figures["train/loss_bin_03"] == pytest.approx(1.2)
+    assert not any("loss_bin_04" in name or "." in name for name in figures)
+
+
+def test_goodput_and_utilisation_where_they_are_known(tmp_path: Path) -> None:
+    tracker = Recorder()
+    reporter = make(MetricsLog(RunDir(tmp_path), attempt="a"), tracker)
+    reporter.goodput = Goodput(time.time() - 10.0, useful=2.5)
+    reporter.utilisation = Utilisation(forward_flops=100.0, peak_flops=2400.0)
+    reporter.report(report({"denoiser/loss": 0.5}, {"denoiser": result()}))
+    figures = tracker.calls[0][2]
+    assert figures["train/goodput"] == pytest.approx(0.4, abs=0.01)  # 2.5 s before and 1.5 s now, of 10 s
+    assert figures["train/mfu"] == pytest.approx(4.0 * 300 / 2400)  # 4 images a second, backward counted twice
+
+
+def alerts(tracker: Recorder) -> list[tuple[str, str, str]]:
+    return [call[1:] for call in tracker.calls if call[0] == "alert"]
+
+
+def test_alerts_for_spikes_and_skipped_steps(tmp_path: Path) -> None:
+    tracker = Recorder()
+    reporter = make(MetricsLog(RunDir(tmp_path), attempt="a"), tracker)
+    calm = replace(report({"denoiser/loss": 0.5, "denoiser/mse": 0.5}, {"denoiser": result()}), skipped=0)
+    for _ in range(10):
+        reporter.report(calm)
+    assert alerts(tracker) == []
+    reporter.report(replace(calm, step=110, means={"denoiser/loss": 2.0, "denoiser/mse": 99.0}))
+    reporter.report(replace(calm, step=120, means={"denoiser/loss": float("nan")}, skipped=2))
+    assert alerts(tracker) == [
+        ("loss spike", "train/loss is 2 at step 110: 4.0 times the median of the last reports", "WARN"),
+        ("loss spike", "train/loss is nan at step 120: not finite", "WARN"),
+        ("skipped steps", "2 updates before step 120 were skipped: gradients were not finite", "WARN"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "expected"),
+    [
+        (ExitCode.DONE, "complete", []),
+        (ExitCode.DONE, "STOP file: saved and stopped at step 5", [("run stopped: done", "INFO")]),
+        (ExitCode.REQUEUE, "SIGUSR1: saved", [("run stopped: requeue", "INFO")]),
+        (ExitCode.DIVERGED, "DivergedError: no", [("run stopped: diverged", "ERROR")]),
+    ],
+)
+def test_alerts_for_stops(code: ExitCode, reason: str, expected: list[tuple[str, str]], tmp_path: Path) -> None:
+    tracker = Recorder()
+    make(MetricsLog(RunDir(tmp_path), attempt="a"), tracker).stop(code, reason)
+    assert alerts(tracker) == [(title, reason, level) for title, level in expected]
+    assert tracker.calls[-1] == ("finish", int(code)), "told before the run is closed"
+
+
 def test_memory_is_that_of_the_fullest_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "max_over_ranks", lambda value: value + 1)
     tracker = Recorder()
@@ -145,7 +220,8 @@ def test_other_ranks_take_part_in_the_collective_and_stay_silent(monkeypatch: py
     silent.report(report({"denoiser/loss": 1.0}, {}))
     silent.log(3, {"validation/loss": 1.0})
     silent.show(3, "samples", [Path("a.png")])
-    silent.close()
+    silent.alert("nobody", "hears")
+    silent.stop(ExitCode.DIVERGED, "nan")
     assert asked == [1.5]
 
 
@@ -155,8 +231,8 @@ def test_pictures_go_to_the_tracker_and_nothing_goes_nowhere(tmp_path: Path) -> 
     reporter.show(4, "samples", [tmp_path / "a.png"])
     reporter.show(4, "samples", [])
     assert tracker.calls == [("images", 4, "samples", [tmp_path / "a.png"])]
-    reporter.close()
-    assert (tracker.calls[-1], progress.calls) == ("finish", ["close"])
+    reporter.stop(ExitCode.DONE, "complete")
+    assert (tracker.calls[1:], progress.calls) == ([("finish", 0)], ["close"])
 
 
 def test_memory_is_this_process_s_where_there_is_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:

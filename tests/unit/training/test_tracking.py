@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import builtins
-import struct
-from collections.abc import Iterator
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +11,20 @@ import pytest
 from PIL import Image
 
 from sdtrain.run_dir import RunDir
-from sdtrain.training import tracking
-from sdtrain.training.metrics import MetricsLog
+from sdtrain.training import tracking, wandb_files
+from sdtrain.training.metrics import MetricsLog, read_metrics
 from sdtrain.training.tracking import Tracker, has_key, resolve_mode, run_id
 
-BLOCK = 32768
+
+def parts(folder: Path) -> list[Path]:
+    """The `.wandb` files of all attempts of a run folder, oldest first."""
+    return sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
 
 
-def records(path: Path) -> Iterator[Any]:
-    """Records of a `.wandb` file: a 7-byte header, then LevelDB log blocks of protobuf messages."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content, position, pending = path.read_bytes(), 7, b""
-    while position + 7 <= len(content):
-        room = BLOCK - position % BLOCK
-        if room < 7:
-            position += room
-            continue
-        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
-        if kind == 0:
-            break
-        pending += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            record = Record()
-            record.ParseFromString(pending)
-            pending = b""
-            yield record
-
-
-def history(folder: Path) -> list[dict[str, str]]:
-    """Logged rows of all attempts of a run folder, oldest first."""
-    rows = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        for record in records(path):
-            if record.WhichOneof("record_type") == "history":
-                items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-                rows.append({key: value for key, value in items.items() if key not in ("_runtime", "_timestamp")})
-    return rows
+def history(folder: Path) -> list[dict[str, Any]]:
+    """Logged rows of all attempts, oldest first."""
+    rows = [row for path in parts(folder) for row in wandb_files.history(path)]
+    return [{key: value for key, value in row.items() if key not in ("_runtime", "_timestamp")} for row in rows]
 
 
 @pytest.fixture
@@ -96,40 +72,59 @@ def test_disabled_leaves_nothing(run: RunDir) -> None:
 
 
 @pytest.mark.heavy
-def test_two_attempts_offline_make_one_run_without_replayed_steps(run: RunDir) -> None:
-    metrics = MetricsLog(run, attempt="a")
-    first = Tracker(run, project="p", name="n", mode="offline", config={"optimizer": {"learning_rate": 1e-4}})
-    assert (first.mode, first.url) == ("offline", None)
+def test_three_attempts_offline_make_one_history_without_gaps_or_replayed_steps(run: RunDir) -> None:
+    """The first attempt gets to 30 and dies, the second goes on from 20 and loses its last rows to a kill."""
     grid = run.path / "grid.png"
+    grid.parent.mkdir(parents=True)
     Image.new("RGB", (8, 8), "red").save(grid)
-    for step in (10, 20):
-        metrics.log(step, {"train/loss": step / 100})
-        first.log(step, {"train/loss": step / 100})
-    first.log(20, {"validation/loss": 0.5})
-    first.log_images(20, "samples", [grid, np.zeros((8, 8, 3), np.uint8)], ["a red square", "black"])
-    first.finish()
 
-    logged_until = tracking.last_logged_step(run.metrics)
-    MetricsLog(run, attempt="b", resumed_step=10)
-    second = Tracker(run, project="p", name="n", mode="offline", logged_until=logged_until)
-    second.log(20, {"train/loss": 9.0})
+    def attempt(name: str, resumed_step: int) -> tuple[MetricsLog, Tracker]:
+        metrics = MetricsLog(run, attempt=name, resumed_step=resumed_step)
+        config = {"optimizer": {"learning_rate": 1e-4}}
+        past = read_metrics(run.metrics)
+        return metrics, Tracker(run, project="p", name="n", mode="offline", config=config, past=past)
+
+    def report(metrics: MetricsLog, tracker: Tracker | None, step: int, loss: float) -> None:
+        metrics.log(step, {"train/loss": loss})
+        if tracker is not None:
+            tracker.log(step, {"train/loss": loss})
+
+    metrics, first = attempt("a", 0)
+    assert (first.mode, first.url) == ("offline", None)
+    for step in (10, 20, 30):
+        report(metrics, first, step, step / 100)
+        if step == 20:
+            first.log(20, {"validation/loss": 0.5})
+            first.log_images(20, "samples", [grid, np.zeros((8, 8, 3), np.uint8)], ["a red square", "black"])
+    first.alert("loss spike", "train/loss is 9", "ERROR")
+    first.finish(exit_code=1)
+
+    metrics, second = attempt("b", 20)
+    report(metrics, second, 30, 9.0)
     second.log_images(20, "samples", [grid])
-    second.log(30, {"train/loss": 0.3})
+    report(metrics, second, 40, 0.4)
+    report(metrics, None, 50, 0.5)  # killed before W&B got it
     second.finish(exit_code=85)
 
-    assert first.id == second.id == run.wandb_id.read_text().strip()
+    metrics, third = attempt("c", 50)
+    report(metrics, third, 60, 0.6)
+    third.finish()
+
+    assert [row["step"] for row in read_metrics(run.metrics)] == [10, 20, 30, 40, 50, 60]
     rows = history(run.path)
     steps = [row["train/step"] for row in rows]
-    assert steps == ["10", "20", "30"]
+    assert steps == [10, 20, 30, 40, 50, 60]
     assert [row["_step"] for row in rows] == steps
-    assert [row["train/loss"] for row in rows] == ["0.1", "0.2", "0.3"]
-    assert rows[1]["validation/loss"] == "0.5"
-    assert rows[1]["samples/captions"] == '["a red square","black"]'
+    assert [row["train/loss"] for row in rows] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert rows[1]["validation/loss"] == 0.5
+    assert rows[1]["samples/captions"] == ["a red square", "black"]
     assert len(list(run.path.glob("wandb/offline-run-*/files/media/images/samples_20_*.png"))) == 2
+    assert wandb_files.last_tracked_step(run.path) == 60
 
-    parts = sorted(run.path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    written = [list(records(path)) for path in parts]
-    assert {record.run.run_id for part in written for record in part if record.HasField("run")} == {first.id}
+    written = [list(wandb_files.records(path)) for path in parts(run.path)]
+    identities = {record.run.run_id for part in written for record in part if record.HasField("run")}
+    assert identities == {first.id} == {second.id} == {third.id} == {run.wandb_id.read_text().strip()}
+    assert len(written) == 3
     configured = [item for record in written[0] if record.HasField("run") for item in record.run.config.update]
     assert any(item.key == "optimizer" and "0.0001" in item.value_json for item in configured)
     metrics_defined = [
@@ -137,7 +132,12 @@ def test_two_attempts_offline_make_one_run_without_replayed_steps(run: RunDir) -
     ]
     assert ("train/step", "", "") in metrics_defined
     assert ("", "*", "train/step") in metrics_defined
-    assert [record.exit.exit_code for record in written[1] if record.HasField("exit")] == [85]
+    told = [
+        (record.alert.title, record.alert.text, record.alert.level) for record in written[0] if record.HasField("alert")
+    ]
+    assert told == [("loss spike", "train/loss is 9", "ERROR")]
+    exits = [record.exit.exit_code for part in written for record in part if record.HasField("exit")]
+    assert exits == [1, 85, 0]
 
 
 @pytest.mark.heavy
@@ -147,12 +147,74 @@ def test_an_unreachable_server_means_offline(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr(tracking, "INIT_TIMEOUT_SECONDS", 2.0)
+    started = time.monotonic()
     tracker = Tracker(run, project="p", name="n", mode="online")
+    assert time.monotonic() - started < 20, "a few seconds past INIT_TIMEOUT_SECONDS"
     assert tracker.mode == "offline"
     assert "W&B is out of reach" in caplog.text
-    tracker.log(1, {"train/loss": 0.25})
+    started = time.monotonic()
+    for step in range(1, 201):
+        tracker.log(step, {"train/loss": 0.25})
+    tracker.alert("loss spike", "nobody hears")
+    assert time.monotonic() - started < 1, "training only fills a queue"
+    started = time.monotonic()
     tracker.finish()
-    assert [row["train/loss"] for row in history(run.path)] == ["0.25"]
+    assert time.monotonic() - started < 20
+    assert [row["train/step"] for row in history(run.path)] == list(range(1, 201))
+
+
+def test_a_service_that_hangs_holds_nobody_up(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its first call never returns: what follows is queued, then dropped, and the end waits for the limit alone."""
+    for_ever = threading.Event()
+
+    class Hung:
+        def log(self, *given: object, **more: object) -> None:
+            for_ever.wait()
+
+    monkeypatch.setattr(tracking, "_start", lambda *given: (Hung(), "offline"))
+    monkeypatch.setattr(tracking, "QUEUE_LENGTH", 5)
+    monkeypatch.setattr(tracking, "FINISH_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "FINISH_GRACE_SECONDS", 0.1)
+    started = time.monotonic()
+    tracker = Tracker(run, project="p", name="n", mode="offline")
+    for step in range(100):
+        tracker.log(step, {"train/loss": 1.0})
+    tracker.finish()
+    tracker.finish()
+    assert time.monotonic() - started < 5
+    for_ever.set()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "W&B does not keep up: figures are left out there, metrics.jsonl holds everything",
+        "W&B did not finish within 0 s and is left behind; `wandb sync` sends what its folder holds, and "
+        "metrics.jsonl holds everything",
+    ]
+
+
+def test_online_the_server_says_how_far_the_history_got(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Resumed:
+        starting_step = 21
+        url = "http://127.0.0.1/run"
+
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def log(self, row: dict[str, Any], step: int) -> None:
+            self.steps.append(step)
+
+        def finish(self, exit_code: int) -> None:
+            self.steps.append(-exit_code)
+
+    resumed = Resumed()
+    monkeypatch.setattr(tracking, "_start", lambda *given: (resumed, "online"))
+    past = [{"step": step, "attempt": "a", "train/loss": 1.0} for step in (10, 20, 30)]
+    tracker = Tracker(run, project="p", name="n", mode="online", past=past)
+    assert tracker.url == resumed.url
+    tracker.log(40, {"train/loss": 1.0})
+    tracker.finish(exit_code=85)
+    assert resumed.steps == [30, 40, -85]
 
 
 def test_a_missing_package_costs_one_warning(
@@ -199,4 +261,5 @@ def test_captions_must_fit_the_images_and_still_never_raise(
     monkeypatch.setattr(tracking, "_start", lambda *given: (object(), "offline"))
     tracker = Tracker(run, project="p", name="n", mode="offline")
     tracker.log_images(1, "samples", [np.zeros((4, 4, 3), np.uint8)], ["one", "two"])
+    tracker.finish()
     assert "W&B failed (ValueError" in caplog.text
