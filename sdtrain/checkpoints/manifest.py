@@ -19,7 +19,8 @@ LATEST = "LATEST"
 CORRUPT = "CORRUPT"
 PINNED = "PINNED"
 
-_FOLDER = re.compile(r"step-(\d{8,})")
+FOLDER = re.compile(r"step-(\d{8,})")
+"""Names of committed checkpoints."""
 _SELF_DIGEST = "manifest_sha256"
 
 
@@ -45,7 +46,7 @@ def buffer_key(trainable: str, name: str) -> str:
 
 def seal(content: Mapping[str, Any]) -> str:
     """The text of a manifest, with the digest of its own content inside, so that a flipped bit in it is seen."""
-    return json.dumps({**content, _SELF_DIGEST: _digest(content)}, indent=1, sort_keys=True) + "\n"
+    return json.dumps({**content, _SELF_DIGEST: content_digest(content)}, indent=1, sort_keys=True) + "\n"
 
 
 def unseal(text: str) -> dict[str, Any]:
@@ -58,12 +59,13 @@ def unseal(text: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("holds no JSON object")
     written = content.pop(_SELF_DIGEST, None)
-    if written != _digest(content):
+    if written != content_digest(content):
         raise ValueError("was changed after it was written: its own digest does not fit its content")
     return content
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def content_digest(content: Mapping[str, Any]) -> str:
+    """What a manifest's content is known by, in hexadecimal."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -75,26 +77,29 @@ class Checkpoint:
         path: The folder, `.../step-00001000`.
         manifest: Content of `MANIFEST.json`; empty where it is missing or damaged.
         damage: Why the manifest could not be read; empty if it could.
+        marks: Which of `CORRUPT` and `PINNED` lay beside the files when it was opened.
     """
 
     path: Path
     manifest: Mapping[str, Any]
     damage: str = ""
+    marks: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Read the manifest of a folder; a damaged one is kept as `damage` and never raises."""
+        marks = frozenset(mark for mark in (CORRUPT, PINNED) if (path / mark).exists())
         try:
-            return cls(path, unseal((path / MANIFEST).read_text(encoding="utf-8")))
+            return cls(path, unseal((path / MANIFEST).read_text(encoding="utf-8")), marks=marks)
         except FileNotFoundError:
-            return cls(path, {}, "is missing")
+            return cls(path, {}, "is missing", marks)
         except (OSError, ValueError) as error:
-            return cls(path, {}, str(error))
+            return cls(path, {}, str(error), marks)
 
     @property
     def step(self) -> int:
         """Optimiser step, from the folder's name where the manifest is damaged; -1 if both are foreign."""
-        match = _FOLDER.fullmatch(self.path.name)
+        match = FOLDER.fullmatch(self.path.name)
         return int(self.manifest.get("step", match[1] if match else -1))
 
     @property
@@ -125,12 +130,12 @@ class Checkpoint:
     @property
     def marked_corrupt(self) -> bool:
         """Whether an earlier start found it damaged."""
-        return (self.path / CORRUPT).exists()
+        return CORRUPT in self.marks
 
     @property
     def pinned(self) -> bool:
         """Whether a person asked to keep it for good (`touch step-N/PINNED`)."""
-        return (self.path / PINNED).exists()
+        return PINNED in self.marks
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -138,6 +143,6 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     if not folder.is_dir():
         return []
     names = sorted(
-        (path.name for path in folder.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()), key=step_of
+        (path.name for path in folder.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()), key=step_of
     )
     return [Checkpoint.open(folder / name) for name in reversed(names)]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -378,7 +378,7 @@ def sweep(folder: Path) -> list[str]:
     return [path.name for path in leftovers]
 
 
-def find(folder: Path, resume: Path | Literal["auto", "never"]) -> Checkpoint | None:
+def find(folder: Path, resume: str | Path) -> Checkpoint | None:
     """The checkpoint to start from, the same on every rank, or None for a fresh start; collective.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdtrain.config.base import PositiveInt, Section
+from sdtrain.config.base import NonEmptyStr, PositiveInt, Section
 
 
 class CheckpointConfig(Section):
@@ -21,6 +21,9 @@ class CheckpointConfig(Section):
         keep_best: Keep this many of those with the best figure `best_by`; null keeps none for it.
         best_by: The figure of validation that `keep_best` goes by; a checkpoint counts if validation ran at its step.
         best_is: Which end of `best_by` is good.
+        upload_to: URL that committed checkpoints are copied to, such as `s3://bucket/runs/sd15`; of this run alone. A
+            run whose own folder holds none resumes from there; null copies nothing.
+        upload_keep: `same` keeps there what is kept here, `all` deletes nothing there.
     """
 
     every_steps: PositiveInt = 1000
@@ -30,3 +33,5 @@ class CheckpointConfig(Section):
     keep_best: PositiveInt | None = None
     best_by: Annotated[str, Field(pattern="^validation/.+")] = "validation/loss"
     best_is: Literal["lowest", "highest"] = "lowest"
+    upload_to: NonEmptyStr | None = None
+    upload_keep: Literal["all", "same"] = "all"

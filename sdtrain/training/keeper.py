@@ -14,6 +14,7 @@ from sdtrain import distributed
 from sdtrain.checkpoints.manifest import Checkpoint, folder_name
 from sdtrain.checkpoints.retention import Retention, retain
 from sdtrain.checkpoints.saver import Saved, Saver
+from sdtrain.checkpoints.uploader import Uploader
 from sdtrain.errors import CheckpointError, StorageError
 from sdtrain.run_dir import RunDir
 from sdtrain.training.engine import Engine
@@ -34,10 +35,12 @@ class CheckpointKeeper:
     Attributes:
         identity: What a resume must find unchanged: manifest digest, seed, order version, batch size.
         config_text: The resolved page, stored in every checkpoint.
+        uploader: Sends what is committed to a store; rank 0 alone has one.
         on_saved: Is told what became of every save.
         parent: Name of the newest checkpoint in this lineage; None before the first.
         saved_step: Its step; 0 before the first.
         resumed_from: Name of the checkpoint that this attempt started from.
+        origin: Name of the run's first attempt, by which its checkpoints are known in any folder.
     """
 
     run: RunDir
@@ -49,12 +52,18 @@ class CheckpointKeeper:
     environment: Mapping[str, Any]
     retention: Retention
     asynchronous: bool = True
+    uploader: Uploader | None = None
     on_saved: Callable[[Saved], None] = lambda saved: None
     parent: str | None = None
     saved_step: int = 0
     resumed_from: str | None = None
+    origin: str = field(default="", init=False)
+    _is_first_boundary: bool = field(default=True, init=False)
     _figures: tuple[int, Mapping[str, float]] = field(default=(-1, {}), init=False)
     _failed: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.origin = self.attempt
 
     @cached_property
     def _saver(self) -> Saver:
@@ -118,6 +127,9 @@ class CheckpointKeeper:
         if saved is not None:
             self._settle(saved)
             self.on_saved(saved)
+        if self.uploader is not None and (saved is not None or self._is_first_boundary):
+            self._is_first_boundary = False
+            self.uploader.look()
         return self.run.checkpoints / self.parent if self.parent else None
 
     def finish(self, step: int) -> None:
@@ -140,6 +152,7 @@ class CheckpointKeeper:
             "parent": self.parent,
             "config_sha256": hashlib.sha256(self.config_text.encode()).hexdigest(),
             "identity": dict(self.identity),
+            "run": self.origin,
             **figures,
             **self.environment,
             **state_facts(self.engines),
@@ -158,7 +171,8 @@ class CheckpointKeeper:
         self.saved_step, self.parent = saved.step, folder_name(saved.step)
         if distributed.ranks().is_main:
             self._log_commit(Checkpoint.open(saved.path), stall_seconds=round(saved.stall_seconds, 3))
-            retain(self.run.checkpoints, self.retention, resumed_from=self.resumed_from)
+            busy = {self.uploader.uploading} - {None} if self.uploader is not None else set()
+            retain(self.run.checkpoints, self.retention, resumed_from=self.resumed_from, pinned=busy)
 
     def _log_commit(self, checkpoint: Checkpoint, **more: Any) -> None:
         """One ledger row per commit; a rank killed between the commit and its row leaves this to the next attempt."""
@@ -186,6 +200,9 @@ class CheckpointKeeper:
         if distributed.ranks().is_main:
             self._log_commit(checkpoint)
         self.parent, self.saved_step, self.resumed_from = checkpoint.path.name, checkpoint.step, checkpoint.path.name
+        self.origin = checkpoint.manifest.get("run", checkpoint.manifest["attempt"])
+        if self.uploader is not None:
+            self.uploader.resumed_from = self.resumed_from
         return checkpoint.step
 
     def _refuse_other_runs(self, checkpoint: Checkpoint) -> None:
@@ -203,6 +220,8 @@ class CheckpointKeeper:
                 "samples in the same order: restore these settings, or choose another run_dir for a new run."
             )
 
-    def close(self) -> None:
-        """End the writing thread without waiting for it."""
+    def close(self, *, wait_for_uploads: bool = False) -> None:
+        """End the writing thread, without waiting for it; then wait, if asked, until all is uploaded or given up."""
         self._saver.close()
+        if self.uploader is not None and wait_for_uploads:
+            self.uploader.wait()

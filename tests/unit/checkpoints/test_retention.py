@@ -24,7 +24,12 @@ def steps(folder: Path) -> list[int]:
 
 
 def test_the_newest_stay(folder: Path) -> None:
-    assert retain(folder, Retention(keep_last=3)) == ["step-00000004", "step-00000003", "step-00000002", "step-00000001"]
+    assert retain(folder, Retention(keep_last=3)) == [
+        "step-00000004",
+        "step-00000003",
+        "step-00000002",
+        "step-00000001",
+    ]
     assert steps(folder) == [7, 6, 5]
     assert retain(folder, Retention(keep_last=3)) == []
     assert sorted(path.name for path in folder.iterdir()) == [
