@@ -1,4 +1,4 @@
-"""`make test`: the light tests on all cores, then the heavy ones one at a time.
+"""`make test`: the light tests on all cores, then the heavy ones one at a time; `--long` runs the long ones alone.
 
 Two heavy tests at once (two ranks each, or Ray) on a small machine run many times slower than one after the other.
 """
@@ -18,8 +18,12 @@ def run(title: str, *arguments: str) -> int:
 
 
 def main() -> int:
-    light = run("light tests, all cores", "-m", "not heavy", "-n", "auto", *sys.argv[1:])
-    heavy = run("heavy tests, one at a time", "-m", "heavy", "--durations=15", *sys.argv[1:])
+    arguments = sys.argv[1:]
+    if "--long" in arguments:
+        arguments.remove("--long")
+        return run("long tests, one at a time", "-m", "long", "--durations=15", "--timeout=3600", *arguments)
+    light = run("light tests, all cores", "-m", "not heavy and not long", "-n", "auto", *arguments)
+    heavy = run("heavy tests, one at a time", "-m", "heavy and not long", "--durations=15", *arguments)
     return light or heavy
 
 
