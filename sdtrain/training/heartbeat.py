@@ -16,7 +16,11 @@ STEP_PHASES = frozenset({"data", "forward", "backward", "step", "report", "agree
 LEAVING = "leaving"
 """The phase of a rank that has met its end and says its last words."""
 
-_RECORD = struct.Struct("<Qqqqd32s96sQ")  # count, step, micro-step, ticks, allowance, phase, attempt, count again
+_COUNT = struct.Struct("<Q")
+_BODY = struct.Struct("<qqqd32s96s")  # step, micro-step, ticks, allowance, phase, attempt
+_BODY_AT, _BEGUN_AT = _COUNT.size, _COUNT.size + _BODY.size
+_SIZE = _BEGUN_AT + _COUNT.size
+"""The record: number of the last finished beat, its body, number of the last one that was begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,8 @@ class Heartbeat:
     def __init__(self, patience: Patience, *, attempt: str) -> None:
         """Make the record; `fd` is for the watchdog to inherit."""
         self.fd = os.memfd_create("sdtrain-heartbeat")
-        os.ftruncate(self.fd, _RECORD.size)
-        self._memory = mmap.mmap(self.fd, _RECORD.size)
+        os.ftruncate(self.fd, _SIZE)
+        self._memory = mmap.mmap(self.fd, _SIZE)
         self._patience = patience
         self._attempt = attempt.encode()
         self._count, self._ticks, self._step = 0, 0, 0
@@ -87,18 +91,11 @@ class Heartbeat:
             self._step, self._ticks = step, 0
         self._count += 1
         self._ticks += 1
-        _RECORD.pack_into(
-            self._memory,
-            0,
-            self._count,
-            self._step,
-            micro_step,
-            self._ticks,
-            self._allowance(phase),
-            phase.encode(),
-            self._attempt,
-            self._count,
-        )
+        allowance = self._allowance(phase)
+        _COUNT.pack_into(self._memory, _BEGUN_AT, self._count)
+        body = (self._step, micro_step, self._ticks, allowance, phase.encode(), self._attempt)
+        _BODY.pack_into(self._memory, _BODY_AT, *body)
+        _COUNT.pack_into(self._memory, 0, self._count)
 
     def _allowance(self, phase: str) -> float:
         if phase not in STEP_PHASES:
@@ -118,13 +115,15 @@ class PulseReader:
     """The watchdog's side of the record."""
 
     def __init__(self, fd: int) -> None:
-        self._memory = mmap.mmap(fd, _RECORD.size, prot=mmap.PROT_READ)
+        self._memory = mmap.mmap(fd, _SIZE, prot=mmap.PROT_READ)
 
     def read(self) -> Pulse:
-        """The last beat; a beat that is being written at this moment is read again."""
+        """The last beat; one that is being written at this moment is read again."""
         while True:
-            count, step, micro_step, ticks, allowance, phase, attempt, again = _RECORD.unpack_from(self._memory, 0)
-            if count == again:
+            finished = self._memory[: _COUNT.size]
+            step, micro_step, ticks, allowance, phase, attempt = _BODY.unpack_from(self._memory, _BODY_AT)
+            if self._memory[_BEGUN_AT:] == finished:  # no beat was begun while the body was read
+                (count,) = _COUNT.unpack(finished)
                 return Pulse(count, step, micro_step, ticks, allowance, _text(phase), _text(attempt))
 
 

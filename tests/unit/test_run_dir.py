@@ -24,6 +24,8 @@ def test_names_are_a_contract(tmp_path: Path) -> None:
         run.checkpoints: "checkpoints",
         run.weights: "weights",
         run.samples: "samples",
+        run.hangs: "hangs",
+        run.stacks: "stacks",
         run.wandb_id: "wandb_id",
     }
     assert all(path == tmp_path / name for path, name in names.items())
@@ -130,6 +132,18 @@ def test_exit_is_written_read_and_cleared(tmp_path: Path) -> None:
     run.clear_exit()
     assert run.read_exit() is None
     run.clear_exit()
+
+
+def test_the_first_word_of_an_attempt_stands_unless_it_only_missed_a_peer(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    told = []
+    for code, attempt in ((0, "a"), (6, "b"), (6, "b"), (3, "b"), (5, "b"), (6, "b"), (6, "c")):
+        told.append(run.leave_word(Exit(code, f"{code}", 7, 1, attempt)))
+    assert told == [True, True, False, True, False, False, True]
+    rows = run.ledger_rows()
+    assert [(row["attempt"], row["code"]) for row in rows] == [("a", 0), ("b", 6), ("b", 3), ("c", 6)]
+    assert rows[-1]["rank"] == 1 and rows[-1]["step"] == 7
+    assert run.read_exit() is not None and run.read_exit().attempt == "c"
 
 
 @pytest.mark.parametrize("text", ["", '{"code": 0', '{"code": 0}', "[]", '{"unknown": 1}'])

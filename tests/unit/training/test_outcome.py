@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sdtrain import distributed
-from sdtrain.errors import ConfigError, DataError, DivergedError, ExitCode, SdtrainError
+from sdtrain.errors import ConfigError, DataError, DivergedError, ExitCode, NoProgressError, SdtrainError
 from sdtrain.run_dir import Exit, RunDir
-from sdtrain.training.outcome import code_of, leave_broken, leave_together
+from sdtrain.training import outcome
+from sdtrain.training.outcome import code_of, fruitless, leave_broken, leave_together, refuse_to_spin
 
 LOST = RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1234")
 
@@ -27,6 +31,7 @@ LOST = RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [
         (OSError(2, "No such file"), ExitCode.BUG),
         (LOST, ExitCode.HANG),
         (RuntimeError("Timed out waiting 60000ms for recv operation"), ExitCode.HANG),
+        (RuntimeError("Timed out after 61 seconds waiting for clients. 1/2 clients joined."), ExitCode.HANG),
         (RuntimeError("shapes do not match"), ExitCode.BUG),
         (ValueError("connection closed by peer"), ExitCode.BUG),
         (ZeroDivisionError(), ExitCode.BUG),
@@ -49,6 +54,12 @@ def test_a_planned_end_is_written_by_rank_0_before_anybody_leaves(
     leave_together(run, "a1", ExitCode.DONE, "complete", 4)
     assert standing[1] is not None
     assert (standing[1].code, standing[1].reason, standing[1].step, standing[1].attempt) == (0, "complete", 4, "a1")
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else is there to leave a word."""
+    monkeypatch.setattr(outcome, "LOST_PEER_SECONDS", 0.2)
 
 
 def word(run: RunDir) -> tuple[int, str, int, int, str]:
@@ -79,6 +90,19 @@ def test_a_lost_peer_gives_way_to_what_the_peer_died_of(tmp_path: Path, monkeypa
     assert word(run) == (3, "DataError: shard is gone", 7, 1, "a1")
 
 
+def test_who_lost_a_peer_waits_for_the_one_that_knows_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer's watchdog needs a moment to name it, and its word is worth more than `connection closed`."""
+    run = RunDir(tmp_path)
+    monkeypatch.setattr(outcome, "LOST_PEER_SECONDS", 10.0)
+    named = Exit(6, "rank 1 on node7 died in phase data", 7, 1, "a1")
+    timer = threading.Timer(0.3, run.leave_word, [named])
+    timer.start()
+    assert leave_broken(run, "a1", LOST, 7) is ExitCode.HANG
+    timer.join()
+    assert word(run) == (6, "rank 1 on node7 died in phase data", 7, 1, "a1")
+    assert [row["reason"] for row in run.ledger_rows()] == ["rank 1 on node7 died in phase data"]
+
+
 def test_an_older_attempt_s_word_does_not_stand_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(tmp_path)
     monkeypatch.setenv("RANK", "0")
@@ -97,3 +121,70 @@ def test_only_bugs_show_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().err
     assert shown.startswith("Traceback (most recent call last):\n")
     assert shown.endswith("ZeroDivisionError: mine\n")
+
+
+# A run that goes round in circles ------------------------------------------------------------------------------------
+
+
+def attempt(
+    name: str, *, step: int = 10, page: str = "p", commit: int | None = None, **end: Any
+) -> list[dict[str, Any]]:
+    """Ledger rows of one attempt: where it began, what it committed, and how it ended, if it said so."""
+    rows: list[dict[str, Any]] = [{"event": "start", "attempt": name, "step": step, "config_sha256": page}]
+    if commit is not None:
+        rows.append({"event": "commit", "attempt": name, "step": commit})
+    if end:
+        rows.append({"event": "end", "attempt": name, **end})
+    return rows
+
+
+LOOP = [*attempt("a"), *attempt("b", code=6, reason="hang"), *attempt("c", code=85, reason="SIGUSR1")]
+
+
+def test_attempts_that_came_to_nothing_are_counted_newest_first() -> None:
+    endings = fruitless(LOOP, step=10, config_sha256="p")
+    assert endings == ["c: SIGUSR1", "b: hang", "a: died without a word"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "count"),
+    [
+        ([], 0),
+        ([*LOOP, *attempt("d", commit=12)], 0),
+        ([*attempt("d", commit=12), *LOOP], 3),
+        ([*LOOP, *attempt("d", code=0, reason="STOP file")], 0),
+        ([*LOOP, *attempt("d", step=12)], 0),
+        ([*LOOP, *attempt("d", page="other")], 0),
+        ([*attempt("d", page="other"), *LOOP[1:]], 2),
+        ([{"event": "start", "attempt": "old", "step": 10}, *LOOP], 3),
+        ([*LOOP, {"event": "end", "attempt": "refused", "code": 7, "reason": "no progress"}], 3),
+    ],
+)
+def test_what_breaks_the_circle(rows: list[dict[str, Any]], count: int) -> None:
+    assert len(fruitless(rows, step=10, config_sha256="p")) == count
+
+
+def test_the_fourth_start_is_refused(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    refuse_to_spin(run, step=10, config_sha256="p")
+    for row in LOOP[:-2]:
+        run.log(**row)
+    refuse_to_spin(run, step=10, config_sha256="p")
+    for row in LOOP[-2:]:
+        run.log(**row)
+    text = (
+        "the last 3 attempts began at step 10 as well and ended without a new checkpoint, the newest first:\n"
+        "  c: SIGUSR1\n  b: hang\n  a: died without a word\nAnother start would end alike. Mend the cause and say "
+        "where to start (--resume CHECKPOINT, or --resume never where nothing is saved yet), or change the page"
+    )
+    with pytest.raises(NoProgressError, match=re.escape(text)) as refused:
+        refuse_to_spin(run, step=10, config_sha256="p")
+    assert code_of(refused.value) is ExitCode.NO_PROGRESS
+    refuse_to_spin(run, step=12, config_sha256="p")
+
+
+def test_all_ranks_are_refused_by_what_rank_0_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(distributed, "broadcast_object", lambda item: ["c: x", "b: x", "a: x"])
+    with pytest.raises(NoProgressError, match="c: x"):
+        refuse_to_spin(RunDir(tmp_path), step=10, config_sha256="p")

@@ -58,13 +58,29 @@ def test_signals_ask_to_leave(
     os.kill(os.getpid(), number)
     assert wishes(preemption) == expected
     assert preemption.reason == reason
-    assert capfd.readouterr().err == f"{reason}: acting on it at the end of this step\n"
+    assert capfd.readouterr().err == f"{reason}: saving and leaving as soon as this step allows\n"
 
 
 def test_the_strongest_request_counts(preemption: Preemption) -> None:
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)
     assert (preemption.request, preemption.reason) == (Request.REQUEUE, "SIGTERM")
+
+
+def test_however_often_a_signal_comes_it_is_one_request(preemption: Preemption) -> None:
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    assert (preemption.poll(), preemption.reason) == (Request.REQUEUE, "SIGTERM")
+
+
+def test_the_time_limit_asks_to_be_started_again(tmp_path: Path, clock: Clock) -> None:
+    asked = Preemption(tmp_path, watch_files=False, max_hours=0.5, clock=clock)
+    clock.now += 1799
+    assert (asked.poll(), asked.reason) == (Request.NONE, "")
+    clock.now += 1
+    assert (asked.poll(), asked.reason) == (Request.REQUEUE, "trainer.max_hours = 0.5 is over")
+    asked.acknowledge()
+    assert asked.poll() == Request.REQUEUE, "never taken back"
 
 
 def test_a_second_interrupt_does_not_wait(preemption: Preemption) -> None:
