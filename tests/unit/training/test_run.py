@@ -154,11 +154,11 @@ def test_validation_and_grids_see_the_average_and_training_does_not_notice(
         module = task.trainables["denoiser"].module
         return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
-    def validate(config: Any, task: Any, manifest: Any) -> dict[str, float]:
+    def validate(config: Any, task: Any, manifest: Any, pause: Callable[[], None]) -> dict[str, float]:
         seen.append(("validate", -1, weights(task)))
         return {"validation/loss": 0.25}
 
-    def sample(config: Any, task: Any, step: int) -> Sequence[Path]:
+    def sample(config: Any, task: Any, step: int, pause: Callable[[], None]) -> Sequence[Path]:
         seen.append(("sample", step, weights(task)))
         return []
 
