@@ -40,11 +40,12 @@ def check_resume(resume: str) -> None:
     """Refuse a `--resume` that can only fail later, on every rank.
 
     Raises:
-        ConfigError: Neither a keyword nor an existing checkpoint folder.
+        ConfigError: Neither a keyword, nor a URL, nor an existing checkpoint folder.
     """
-    if resume not in {"auto", "never"} and not Path(resume).is_dir():
+    if resume not in {"auto", "never"} and "://" not in resume and not Path(resume).is_dir():
         raise ConfigError(
-            f"--resume {resume}: no such checkpoint folder; give auto, never or a folder such as RUN/checkpoints/step-N"
+            f"--resume {resume}: no such checkpoint folder; give auto, never, a folder such as RUN/checkpoints/step-N "
+            "or a URL such as s3://BUCKET/RUN/step-N"
         )
 
 

@@ -47,7 +47,8 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[
-        str, typer.Option(metavar="auto|PATH|never", help="Go on from the newest checkpoint, from this one, or afresh.")
+        str,
+        typer.Option(metavar="auto|PATH|URL|never", help="Go on from the newest checkpoint, from this one, or afresh."),
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything that needs no GPU, and stop.")] = False,
 ) -> None:
@@ -241,17 +242,18 @@ def _json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
-def _resume(text: str) -> Literal["auto", "never"] | Path:
+def _resume(text: str) -> str | Path:
     """Where to start from.
 
     Raises:
-        ConfigError: Neither a keyword nor an existing checkpoint's folder.
+        ConfigError: Neither a keyword, nor a URL, nor an existing checkpoint's folder.
     """
-    if text == "auto" or text == "never":
+    if text in ("auto", "never") or "://" in text:
         return text
     if not Path(text).is_dir():
         raise ConfigError(
-            f"--resume {text}: no such checkpoint folder; give auto, never or a folder such as RUN/checkpoints/step-N"
+            f"--resume {text}: no such checkpoint folder; give auto, never, a folder such as RUN/checkpoints/step-N or "
+            "a URL such as s3://BUCKET/RUN/step-N"
         )
     return Path(text)
 
@@ -272,7 +274,7 @@ def _batch(page: TrainingConfig, world_size: int) -> str:
     return f"batch: {page.data.batch_size} = {micro} per rank x {accumulation} accumulation x {world_size} ranks"
 
 
-def _plan(page: TrainingConfig, world_size: int, resume: Literal["auto", "never"] | Path) -> str:
+def _plan(page: TrainingConfig, world_size: int, resume: str | Path) -> str:
     """What a run would do, as far as it shows without torch.
 
     Raises:

@@ -337,6 +337,12 @@ def the_best_are_measured(checkpoint: CheckpointConfig, validation: ValidationCo
         )
 
 
+def uploads_go_to_a_url(checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    """A folder of this machine is no second place."""
+    if checkpoint.upload_to is not None and "://" not in checkpoint.upload_to:
+        yield Problem("checkpoint.upload_to", "must be a URL, such as s3://bucket/runs/sd15 or file:///mnt/backup/sd15")
+
+
 TRAINING_RULES = (
     batch_splits_into_micro_batches,
     one_length_of_the_run,
@@ -356,4 +362,5 @@ TRAINING_RULES = (
     bins_fit_the_process,
     kept_checkpoints_are_written,
     the_best_are_measured,
+    uploads_go_to_a_url,
 )

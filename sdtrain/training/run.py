@@ -12,14 +12,16 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from sdtrain import build, distributed
-from sdtrain.checkpoints.protocol import Checkpoint, find, sweep
+from sdtrain.checkpoints.protocol import Checkpoint, sweep
+from sdtrain.checkpoints.remote import RemoteStore, find_or_fetch
 from sdtrain.checkpoints.retention import Retention
 from sdtrain.checkpoints.saver import Saved
+from sdtrain.checkpoints.uploader import Uploader
 from sdtrain.config.load import dump_yaml, load_training, refuse_on_resume
 from sdtrain.config.run import TrainingConfig, grad_accum_steps
 from sdtrain.data.loader import train_loader
@@ -47,7 +49,8 @@ from sdtrain.training.watchdog import Watched
 
 log = logging.getLogger(__name__)
 
-Resume = Literal["auto", "never"] | Path
+Resume = str | Path
+"""`auto`, `never`, a checkpoint's folder, or the URL of one or of a store of them."""
 Pause = Callable[[], None]
 """Called between the parts of a long event, equally often on all ranks; raises where the run must be left."""
 T = TypeVar("T")
@@ -120,6 +123,7 @@ class Attempt:
         )
         self.work = WorkClock(on_device=torch.cuda.is_available())
         self.preemption = Preemption(folder.path, watch_files=place.is_main, max_hours=trainer.max_hours)
+        self.keeper: CheckpointKeeper | None = None
         self.reporter: Reporter | None = None
         self.trainer: Trainer | None = None
         self.batches: Generator[tuple[int, int, Batch]] | None = None
@@ -151,7 +155,8 @@ class Attempt:
         if place.is_main:
             self.folder.path.mkdir(parents=True, exist_ok=True)
             sweep(self.folder.checkpoints)
-        checkpoint = find(self.folder.checkpoints, resume)
+        store_url = config.checkpoint.upload_to
+        checkpoint = find_or_fetch(self.folder, resume, store_url=store_url, attempt=self.attempt)
         if checkpoint is not None:
             refuse_on_resume(load_training(checkpoint.path / "config.yaml"), config)
         start = 0 if checkpoint is None else checkpoint.step
@@ -161,7 +166,7 @@ class Attempt:
         task = build.build_task(config, manifest)
         engines = self._engines(task, accumulation)
         distributed.set_timeout(config.trainer.timeout_seconds + GROUP_GRACE_SECONDS)
-        keeper = self._keeper(manifest, engines)
+        keeper = self.keeper = self._keeper(manifest, engines)
         self.beat("restore")
         if checkpoint is not None:
             keeper.restore(checkpoint)
@@ -186,6 +191,8 @@ class Attempt:
         if self.reporter is not None:
             self.reporter.stop(code, reason)
         self.watched.close()
+        if self.keeper is not None:  # a run that is to be started again uploads the rest then
+            self.keeper.close(wait_for_uploads=code == ExitCode.DONE)
 
     def _verdict(self, complete: bool) -> tuple[ExitCode, str]:
         if complete:
@@ -232,6 +239,13 @@ class Attempt:
             "window_shards": config.data.window_shards,
             "batch_size": config.data.batch_size,
         }
+        retention = Retention(
+            keep_last=config.checkpoint.keep_last,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+            keep_best=config.checkpoint.keep_best,
+            best_by=config.checkpoint.best_by,
+            best_is=config.checkpoint.best_is,
+        )
         return CheckpointKeeper(
             run=self.folder,
             attempt=self.attempt,
@@ -240,16 +254,21 @@ class Attempt:
             config_text=dump_yaml(config),
             identity=identity,
             environment=environment.describe(),
-            retention=Retention(
-                keep_last=config.checkpoint.keep_last,
-                keep_every_steps=config.checkpoint.keep_every_steps,
-                keep_best=config.checkpoint.keep_best,
-                best_by=config.checkpoint.best_by,
-                best_is=config.checkpoint.best_is,
-            ),
+            retention=retention,
             asynchronous=config.checkpoint.asynchronous,
+            uploader=self._uploader(retention),
             on_saved=self._report_save,
         )
+
+    def _uploader(self, retention: Retention) -> Uploader | None:
+        """Who copies checkpoints to a store; an unusable URL is refused on all ranks, the work is rank 0's."""
+        wanted = self.config.checkpoint
+        if wanted.upload_to is None:
+            return None
+        store = RemoteStore(wanted.upload_to)
+        if not distributed.ranks().is_main:
+            return None
+        return Uploader(self.folder, store, retention=retention if wanted.upload_keep == "same" else None)
 
     def _report_save(self, saved: Saved) -> None:
         """A figure of how long training stood still for a save, beside those of the step that it was committed at."""

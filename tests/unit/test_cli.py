@@ -189,9 +189,11 @@ def test_resume_from_nowhere_is_a_config_error(
     assert call("train", TRAIN, "--resume", "atuo") == 2
     assert capsys.readouterr().err == (
         "sdtrain: --resume atuo: no such checkpoint folder; "
-        "give auto, never or a folder such as RUN/checkpoints/step-N\n"
+        "give auto, never, a folder such as RUN/checkpoints/step-N or a URL such as s3://BUCKET/RUN/step-N\n"
     )
     assert trained == []
+    call("train", TRAIN, "--resume", "s3://bucket/run")
+    assert trained[0][1] == "s3://bucket/run", "the store is asked when the run starts"
 
 
 def test_train_refuses_other_kinds(trained: list[tuple[Any, Any, Any]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,6 +171,11 @@ def page(tmp_path: Path, text: str) -> Path:
             "checkpoint.keep_every_steps = 6 (command line): must be a multiple of checkpoint.every_steps = 4",
         ),
         (
+            ["checkpoint.upload_to=/mnt/backup"],
+            'checkpoint.upload_to = "/mnt/backup" (command line): must be a URL, such as s3://bucket/runs/sd15 or '
+            "file:///mnt/backup/sd15",
+        ),
+        (
             ["checkpoint={keep_best: 2}"],
             "checkpoint.keep_best = 2 (command line): needs a section validation, which measures validation/loss",
         ),

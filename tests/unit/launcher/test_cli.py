@@ -83,7 +83,7 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(monkeypatch, page, star
     [
         (["trainer.max_stepz=3"], "trainer.max_stepz"),
         (["--nproc", "3"], "batch_size"),
-        (["--resume", "no/such"], "--resume no/such: no such checkpoint folder; give auto, never or a folder"),
+        (["--resume", "no/such"], "--resume no/such: no such checkpoint folder; give auto, never, a folder"),
         (["--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint"),
     ],
 )
