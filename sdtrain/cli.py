@@ -107,9 +107,17 @@ def export(
 def inspect(
     run: RunPath,
     verify: Annotated[bool, typer.Option(help="Read every byte of every checkpoint back.")] = True,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Prove by the ledger that no sample was lost or repeated; 4 if it was.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a run's checkpoints, the proof of its sample order, and how it last ended."""
+    if audit:
+        from sdtrain.evaluation.audit import audit as prove
+
+        prove(run, as_json=as_json)
+        return
     from sdtrain.evaluation.inspect_run import inspect as show
 
     show(run, verify=verify, as_json=as_json)

@@ -1,16 +1,14 @@
 """`sdtrain inspect`: what a run folder holds, whether it is whole, and that every sample was trained on exactly once.
 
-The proof goes by the ledger. Every commit writes a row `{"event": "commit", "step", "attempt", "parent": name of the
-checkpoint before it or null, "first_position", "last_position"}`: the global positions that were consumed since
-`parent`, the last one excluded. Attempts that died trained on samples whose updates are lost; they are in no link of
-the chain that leads from the newest valid checkpoint back to the start, so the chain alone says what the weights have
-seen.
+The proof goes by the ledger, see `lineage`. Attempts that died trained on samples whose updates are lost; they are in
+no link of the chain that leads from the newest valid checkpoint back to the start, so the chain alone says what the
+weights have seen.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from rich.table import Table
 from sdtrain.checkpoints.manifest import Checkpoint, folder_name, list_checkpoints
 from sdtrain.checkpoints.protocol import verify as verify_checkpoint
 from sdtrain.errors import ConfigError, ExitCode
+from sdtrain.evaluation.lineage import Lineage, trace
 from sdtrain.run_dir import Exit, RunDir
 
 
@@ -50,37 +49,6 @@ class Entry:
         if self.problems is None:
             return "not verified"
         return "corrupt" if self.problems else "valid"
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """One commit of the surviving lineage: the samples that were trained on since its parent."""
-
-    step: int
-    attempt: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Lineage:
-    """How the newest checkpoint came to be, oldest link first, and what in it is not exactly-once."""
-
-    links: list[Link]
-    problems: list[str]
-
-    @property
-    def verdict(self) -> str:
-        """The proof in one sentence, or that there is none."""
-        if self.problems:
-            return "not exactly once: " + "; ".join(self.problems)
-        if not self.links:
-            return "no commit in the ledger"
-        attempts = len({link.attempt for link in self.links})
-        return (
-            f"samples 0 to {self.links[-1].stop - 1} were trained on exactly once: "
-            f"{len(self.links)} contiguous ranges, {attempts} attempt{'s' if attempts > 1 else ''}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +99,9 @@ def examine(run: Path, *, verify: bool = True) -> Inspection:
     entries = [_entry(checkpoint, verify) for checkpoint in checkpoints]
     rows = run_dir.ledger_rows()
     newest = next((entry.step for entry in entries if not entry.problems), None)
-    lineage = trace_lineage([*_unwritten(checkpoints, rows), *rows], newest)
+    lineage = Lineage((), (), ())
+    if newest is not None:
+        lineage = trace(_completed(rows, _unwritten(checkpoints, rows)), newest=folder_name(newest))
     events: dict[str, int] = {}
     for row in rows:
         events[str(row.get("event"))] = events.get(str(row.get("event")), 0) + 1
@@ -154,59 +124,34 @@ def _entry(checkpoint: Checkpoint, verify: bool) -> Entry:
     )
 
 
-def _unwritten(checkpoints: Iterable[Checkpoint], rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _unwritten(checkpoints: Iterable[Checkpoint], rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Rows that the ledger lacks where an attempt was killed between a commit and its row; manifests know them."""
     ends = {folder_name(row["step"]): row["last_position"] for row in rows if row.get("event") == "commit"}
-    added: list[dict[str, Any]] = []
+    added: dict[str, Mapping[str, Any]] = {}
     for checkpoint in sorted(checkpoints, key=lambda checkpoint: checkpoint.step):
         said = checkpoint.manifest
         name, parent = folder_name(checkpoint.step), said.get("parent")
         if name in ends or "samples_seen" not in said or (parent is not None and parent not in ends):
             continue
-        ends[name] = said["samples_seen"]
-        start = 0 if parent is None else ends[parent]
-        place = {"first_position": start, "last_position": ends[name]}
-        added.append(
-            {"event": "commit", "step": checkpoint.step, "parent": parent, "attempt": said["attempt"], **place}
-        )
+        ends[name] = said.get("last_position", said["samples_seen"])
+        first = said.get("first_position", 0 if parent is None else ends[parent])
+        facts = {"step": checkpoint.step, "parent": parent, "attempt": said["attempt"]}
+        added[name] = {"event": "commit", **facts, "first_position": first, "last_position": ends[name]}
     return added
 
 
-def trace_lineage(rows: Iterable[Mapping[str, Any]], newest_step: int | None) -> Lineage:
-    """Follow the commits of a ledger from a checkpoint back to the start of the run.
+def _completed(rows: Iterable[Mapping[str, Any]], missing: dict[str, Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The ledger with missing commits where they belong: before the first one that was written upon them."""
+    left = dict(missing)
 
-    Args:
-        rows: Ledger rows; where a step was committed again after a resume, the later row counts.
-        newest_step: The checkpoint to start from; None gives an empty lineage.
-    """
-    commits = {folder_name(row["step"]): row for row in rows if row.get("event") == "commit"}
-    links: list[Link] = []
-    problems: list[str] = []
-    name = folder_name(newest_step) if newest_step is not None else None
-    while name is not None:
-        row = commits.pop(name, None)  # taken out, so that a circle of parents ends
-        if row is None:
-            problems.append(f"{name} is in the lineage, the ledger holds no commit of it")
-            break
-        links.append(Link(row["step"], str(row.get("attempt")), row["first_position"], row["last_position"]))
-        name = row.get("parent")
-    links.reverse()
-    return Lineage(links, [*_seams(links), *problems])
+    def and_its_missing_parents(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        if row.get("parent") in left:
+            yield from and_its_missing_parents(left.pop(row["parent"]))
+        yield row
 
-
-def _seams(links: Iterable[Link]) -> list[str]:
-    """Where one link does not begin where the one before it ended."""
-    problems: list[str] = []
-    expected = 0
-    for link in links:
-        if link.start > expected:
-            problems.append(f"samples {expected} to {link.start - 1} were skipped before {folder_name(link.step)}")
-        elif link.start < expected:
-            problems.append(f"samples {link.start} to {expected - 1} were trained on again in {folder_name(link.step)}")
-        if link.stop < link.start:
-            problems.append(f"{folder_name(link.step)} ends at sample {link.stop}, before its start {link.start}")
-        expected = link.stop
-    return problems
+    for row in rows:
+        yield from and_its_missing_parents(row)
+    yield from left.values()
 
 
 def _print(found: Inspection, console: Console) -> None:

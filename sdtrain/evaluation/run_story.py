@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdtrain.checkpoints.manifest import step_of
 from sdtrain.errors import ConfigError, ExitCode
 from sdtrain.evaluation.charts import Chart, Line, Mark, chart_svg, smoothed
 from sdtrain.run_dir import Exit, RunDir, read_json_lines
@@ -27,6 +28,9 @@ class Attempt:
         world_size: Number of ranks; None where the run did not write it down.
         last_step: The last step that it logged or saved.
         end: How it ended, in words.
+        started: When its first row was written, seconds since the epoch.
+        ended: When its last one was, its last sign of life.
+        lost_steps: Steps that it trained and that did not survive; the next start began before them.
     """
 
     name: str
@@ -35,6 +39,9 @@ class Attempt:
     world_size: int | None
     last_step: int
     end: str
+    started: float
+    ended: float
+    lost_steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,7 @@ def read_run(path: Path, chart_name: str) -> RunStory:
         raise ConfigError(f"{path}: holds no {run.metrics.name}; give the folder of a run that was started")
     raw = [row for row in read_json_lines(run.metrics) if isinstance(row, dict)]
     kept = read_metrics(run.metrics)
-    attempts = _attempts(run, raw)
+    attempts = read_attempts(run)
     losses = loss_names(kept)
     charts = {
         _heading(name): chart_svg(_loss_chart(name, raw, kept, attempts), f"{chart_name}-{i}")
@@ -164,31 +171,52 @@ def _on_ranks(attempt: Attempt) -> str:
     return "" if attempt.world_size is None else f", {attempt.world_size} rank{'s' * (attempt.world_size != 1)}"
 
 
-def _attempts(run: RunDir, raw: Sequence[Mapping[str, Any]]) -> tuple[Attempt, ...]:
-    """Every start, as the ledger and the metrics know it; the word of the last one is in `exit.json`."""
+def read_attempts(run: RunDir, *, saved_step: int | None = None) -> tuple[Attempt, ...]:
+    """Every start, as the ledger and the metrics know it; the word of the last one is in `exit.json`.
+
+    Args:
+        run: The run's folder.
+        saved_step: Where a next start would begin; None does not count what the last attempt has not saved as lost.
+    """
     ledger = run.ledger_rows()
     ended = {row["attempt"]: row for row in ledger if row.get("event") == "end"}
-    reached: dict[str, int] = {}
-    for row in [*raw, *ledger]:
-        if "attempt" in row and "step" in row:
-            reached[row["attempt"]] = max(reached.get(row["attempt"], 0), row["step"])
     starts = [row for row in ledger if row.get("event") == "start"]
+    known = {row["attempt"]: [row] for row in starts}
+    for row in [*read_json_lines(run.metrics), *ledger]:
+        if isinstance(row, dict) and row.get("attempt") in known:
+            known[row["attempt"]].append(row)
     word = run.read_exit()
+    survived = [*(row["step"] for row in starts[1:]), saved_step]
     attempts = []
-    for i, row in enumerate(starts):
-        name: str = row["attempt"]
+    for start, next_start in zip(starts, survived, strict=False):
+        name: str = start["attempt"]
         told = word if word is not None and word.attempt == name else None
+        last_step, undone = _reached(known[name])
+        times = [row["time"] for row in known[name] if "time" in row]
         attempts.append(
             Attempt(
                 name=name,
-                start_step=row["step"],
-                resumed_from=row.get("resumed_from"),
-                world_size=row.get("world_size"),
-                last_step=reached[name],
-                end=_end(ended.get(name), told, is_last=i == len(starts) - 1),
+                start_step=start["step"],
+                resumed_from=start.get("resumed_from"),
+                world_size=start.get("world_size"),
+                last_step=last_step,
+                end=_end(ended.get(name), told, is_last=start is starts[-1]),
+                started=min(times),
+                ended=max(times),
+                lost_steps=undone + (0 if next_start is None else max(last_step - next_start, 0)),
             )
         )
     return tuple(attempts)
+
+
+def _reached(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """The last step of an attempt, and how many steps it undid by going back to an older checkpoint."""
+    rollbacks = [row for row in rows if row.get("event") == "rollback"]
+    if not rollbacks:
+        return max(row["step"] for row in rows if "step" in row), 0
+    back_at = [step_of(row["checkpoint"]) for row in rollbacks]
+    since = [row["step"] for row in rows if "step" in row and row.get("time", 0) > rollbacks[-1]["time"]]
+    return max([back_at[-1], *since]), sum(row["step"] - step for row, step in zip(rollbacks, back_at, strict=True))
 
 
 def _end(row: Mapping[str, Any] | None, word: Exit | None, *, is_last: bool) -> str:

@@ -98,7 +98,7 @@ class Tracker:
         """
         self.mode = resolve_mode(mode, os.environ, Path.home())
         self.id = ""
-        self._logged_until = -1
+        self._logged_until = self._newest = -1
         self._run: Any = None
         self._queue: queue.Queue[Callable[[], Any] | None] = queue.Queue(maxsize=QUEUE_LENGTH)
         self._thread: threading.Thread | None = None
@@ -193,7 +193,9 @@ class Tracker:
             self._send(row["step"], {key: value for key, value in row.items() if "/" in key})
 
     def _send(self, step: int, row: Mapping[str, Any]) -> None:
-        if step > self._logged_until:
+        """Log a row unless its step is W&B's already, also after a rollback; several rows of one step are one there."""
+        if step > self._logged_until and step >= self._newest:
+            self._newest = step
             self._run.log({STEP: step, **row}, step=step)
 
     def _submit(self, act: Callable[[], Any]) -> None:

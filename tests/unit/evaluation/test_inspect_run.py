@@ -12,7 +12,8 @@ from rich.console import Console
 from sdtrain.checkpoints.manifest import folder_name
 from sdtrain.checkpoints.protocol import commit
 from sdtrain.errors import ConfigError
-from sdtrain.evaluation.inspect_run import Inspection, examine, inspect, trace_lineage
+from sdtrain.evaluation.inspect_run import Inspection, examine, inspect
+from sdtrain.evaluation.lineage import trace
 from sdtrain.run_dir import Exit, RunDir
 
 BATCH = 8
@@ -70,7 +71,7 @@ def test_a_healthy_run(run: RunDir) -> None:
         (20, "valid", "step-00000010"),
         (10, "valid", None),
     ]
-    assert found.lineage.problems == []
+    assert found.lineage.problems == ()
     assert "samples 0 to 239 were trained on exactly once: 3 contiguous ranges, 2 attempts" in text
     assert "step-00000010 pinned" in text
     assert "ledger  2 start, 3 commit" in text
@@ -105,7 +106,7 @@ def test_json_holds_the_same(run: RunDir) -> None:
 
 def test_retention_does_not_end_the_proof(run: RunDir) -> None:
     (run.checkpoints / "step-00000010").rename(run.path / "gone")
-    assert examine(run.path).lineage.problems == []
+    assert examine(run.path).lineage.problems == ()
 
 
 def test_a_row_lost_to_a_kill_right_after_the_commit_is_made_up_from_the_manifest(run: RunDir) -> None:
@@ -114,8 +115,8 @@ def test_a_row_lost_to_a_kill_right_after_the_commit_is_made_up_from_the_manifes
     for row in rows:
         run.log(row.pop("event"), **row)
     found = examine(run.path)
-    assert found.lineage.problems == []
-    assert [(link.step, link.start, link.stop) for link in found.lineage.links] == [
+    assert found.lineage.problems == ()
+    assert [(commit.step, commit.first, commit.last) for commit in found.lineage.commits] == [
         (10, 0, 80),
         (20, 80, 160),
         (30, 160, 240),
@@ -136,47 +137,18 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         examine(tmp_path)
 
 
-def row(step: int, parent: int | None, first: int, last: int, attempt: str = "a") -> dict[str, Any]:
-    name = None if parent is None else folder_name(parent)
-    return {
-        "event": "commit",
-        "step": step,
-        "parent": name,
-        "first_position": first,
-        "last_position": last,
-        "attempt": attempt,
-    }
+def test_a_rollback_is_no_gap(run: RunDir) -> None:
+    """The run went back from 35 to 30 and left out what it had consumed since."""
+    facts = {"checkpoint": folder_name(30), "position": 240, "left_out": [[240, 280]], "reason": "the loss ran away"}
+    run.log("rollback", attempt="b", step=35, **facts)
+    save(run, 40, 30, "b", skip=40)
+    text, found = shown(run)
+    assert found.lineage.problems == ()
+    assert "samples 0 to 319 were trained on exactly once, but for 40 that were left out on purpose: 4 contig" in text
 
 
-@pytest.mark.parametrize(
-    ("rows", "problem"),
-    [
-        ([row(1, None, 0, 8), row(2, 1, 9, 16)], "samples 8 to 8 were skipped before step-00000002"),
-        ([row(1, None, 8, 16), row(2, 1, 16, 24)], "samples 0 to 7 were skipped before step-00000001"),
-        ([row(1, None, 0, 8), row(2, 1, 4, 16)], "samples 4 to 7 were trained on again in step-00000002"),
-        ([row(2, 1, 8, 16)], "step-00000001 is in the lineage, the ledger holds no commit of it"),
-        ([row(1, 2, 8, 16), row(2, 1, 16, 24)], "step-00000002 is in the lineage, the ledger holds no commit of it"),
-        ([row(1, None, 0, 8), row(2, 1, 8, 4)], "step-00000002 ends at sample 4, before its start 8"),
-    ],
-)
-def test_anything_but_exactly_once_is_named(rows: list[dict[str, Any]], problem: str) -> None:
-    lineage = trace_lineage(rows, 2)
-    assert problem in lineage.problems
-    assert lineage.verdict.startswith("not exactly once: ")
-
-
-def test_dead_branches_do_not_count_and_the_later_row_of_a_step_does() -> None:
-    rows = [
-        row(1, None, 0, 8),
-        row(2, 1, 8, 16),
-        row(3, 2, 16, 24),  # lost: damaged, the run resumed at step 2
-        row(3, 2, 16, 24, "b"),
-        row(4, 3, 24, 32, "b"),
-    ]
-    lineage = trace_lineage(rows, 4)
-    assert [(link.step, link.attempt) for link in lineage.links] == [(1, "a"), (2, "a"), (3, "b"), (4, "b")]
-    assert lineage.problems == []
-
-
-def test_no_valid_checkpoint_has_no_lineage() -> None:
-    assert trace_lineage([row(1, None, 0, 8)], None).links == []
+def test_no_valid_checkpoint_has_no_lineage(run: RunDir) -> None:
+    for step in (10, 20, 30):
+        (run.checkpoints / folder_name(step) / "MANIFEST.json").unlink()
+    assert examine(run.path).lineage.commits == ()
+    assert trace([]).commits == ()
