@@ -18,6 +18,7 @@ from sdtrain.conditioners.text import (
 )
 from sdtrain.config.autoencoder import AutoencoderConfig
 from sdtrain.config.conditioner import ClipTextConfig, ConditionerConfig, NoConditionerConfig
+from sdtrain.config.data import DataConfig
 from sdtrain.config.denoiser import DenoiserConfig
 from sdtrain.config.process import ProcessConfig
 from sdtrain.config.run import TrainingConfig
@@ -25,17 +26,20 @@ from sdtrain.config.task import AutoencodingTask as AutoencodingConfig
 from sdtrain.config.task import LatentDiffusionTask as LatentDiffusionConfig
 from sdtrain.config.task import MinSnrWeighting, NoWeighting, TimestepsConfig
 from sdtrain.data.dataset import ShardDataset
-from sdtrain.data.manifest import Manifest, check_fingerprint
+from sdtrain.data.manifest import Manifest, bytes_in_use, check_fingerprint
 from sdtrain.data.plan import order_of
+from sdtrain.data.shard_cache import ShardCache
+from sdtrain.data.storage import is_url
 from sdtrain.denoisers import unet
 from sdtrain.denoisers.load import load_unet
 from sdtrain.diffusion.process import DiffusionProcess
 from sdtrain.diffusion.timesteps import TimestepPhase, TimestepSampling
-from sdtrain.errors import DataError
+from sdtrain.errors import ConfigError, DataError
 from sdtrain.records import DrawSpec, Task
 from sdtrain.tasks.autoencoding import AutoencodingTask
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
 
+GIB = 2**30
 STORED = {"moments": "moments.npy", "tokens": "tokens.npy", "pixels": "jpg"}
 """Name of a field in a batch -> its name in the shards."""
 
@@ -183,13 +187,35 @@ def prepare(network: unet.UNet, config: TrainingConfig) -> None:
             block.compile()
 
 
+def load_manifest(config: DataConfig) -> Manifest:
+    """The manifest that the page names; on object storage, with the cache that its shards are read through.
+
+    Raises:
+        DataError: The manifest is missing or damaged.
+        ConfigError: The cache is too small for what is read at a time.
+        StorageError: The cache's folder cannot be made.
+    """
+    if not is_url(config.manifest):
+        return Manifest.load(config.manifest)
+    assert config.cache_dir is not None, "the page's rules ask for it"
+    cache = ShardCache(config.cache_dir, int(config.cache_gib * GIB))
+    manifest = Manifest.load(config.manifest, cache=cache)
+    needed = bytes_in_use(manifest, window_shards=config.window_shards)
+    if needed > cache.capacity_bytes:
+        raise ConfigError(
+            f"data.cache_gib = {config.cache_gib:g} is too small: with data.window_shards = {config.window_shards} "
+            f"up to {needed / GIB:.3g} GiB of shards are read or brought ahead at a time; raise data.cache_gib"
+        )
+    return manifest
+
+
 def build_dataset(config: TrainingConfig, manifest: Manifest, draws: DrawSpec, split: str = "train") -> ShardDataset:
     """The samples of one split: shuffled by the run's order (`train`), or as they stand (`validation`)."""
     order = order_of(
         manifest, split, seed=config.seed, window_shards=config.data.window_shards, shuffle=split == "train"
     )
     return ShardDataset(
-        manifest_path=manifest.path,
+        manifest=manifest,
         split=split,
         fields={name: STORED[name] for name in fields_of(config)},
         order=order,
@@ -197,6 +223,7 @@ def build_dataset(config: TrainingConfig, manifest: Manifest, draws: DrawSpec, s
         draws=draws,
         max_open_shards=config.data.window_shards + 1,
         read_retries=config.data.read_retries,
+        ram_cache_bytes=int(config.data.ram_cache_gib * GIB),
     )
 
 

@@ -292,7 +292,7 @@ def _plan(page: TrainingConfig, world_size: int, resume: str | Path) -> str:
     from sdtrain.run_dir import RunDir
 
     batch = _batch(page, world_size)
-    if not page.data.manifest.is_file():
+    if isinstance(page.data.manifest, Path) and not page.data.manifest.is_file():
         raise DataError(f"data.manifest = {page.data.manifest}: no such file; `sdtrain-data run` writes it")
     folder = RunDir(page.resolved_run_dir)
     kept = sorted(one.name for one in folder.checkpoints.glob("step-*") if one.is_dir() and "." not in one.name)

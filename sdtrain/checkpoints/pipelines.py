@@ -154,7 +154,7 @@ def latent_size_of(config: TrainingConfig) -> tuple[int, int]:
         ConfigError: The data manifest is not where the run's page says.
         DataError: The shards hold no moments.
     """
-    if not config.data.manifest.is_file():
+    if isinstance(config.data.manifest, Path) and not config.data.manifest.is_file():
         raise ConfigError(
             f"data.manifest = {config.data.manifest}: no such file here, and it alone says how large the latents are; "
             "export the run where its data is, or give the latent size"

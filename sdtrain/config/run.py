@@ -24,6 +24,8 @@ from sdtrain.config.trainer import TrainerConfig
 from sdtrain.config.validation import ValidationConfig
 from sdtrain.errors import ConfigError
 
+_NO_STORAGE = ("http", "https", "ftp")
+
 
 class TrainingConfig(Section):
     """One training run.
@@ -119,6 +121,25 @@ def batch_splits_into_micro_batches(data: DataConfig) -> Iterator[Problem]:
         allowed = _listed(_divisors(data.batch_size))
         yield Problem(
             "data.micro_batch_size", f"must divide data.batch_size = {data.batch_size}; allowed are {allowed}"
+        )
+
+
+def object_storage_has_a_cache(data: DataConfig) -> Iterator[Problem]:
+    """Shards are never read over the network one sample at a time."""
+    if not isinstance(data.manifest, str):
+        return
+    scheme = data.manifest.partition("://")[0]
+    if "::" in scheme or scheme in _NO_STORAGE:
+        yield Problem(
+            "data.manifest",
+            f"must be a file or object storage (s3://, gs://, az://, ...), not {scheme}://: a web server's answers and "
+            "redirects are not trusted with training data; copy the data set, or mount it",
+        )
+    if data.cache_dir is None:
+        yield Problem(
+            "data.cache_dir",
+            "is missing; shards of object storage are read through a folder on the node's own disk, for example "
+            "cache_dir: /scratch/sdtrain",
         )
 
 
@@ -345,6 +366,7 @@ def uploads_go_to_a_url(checkpoint: CheckpointConfig) -> Iterator[Problem]:
 
 TRAINING_RULES = (
     batch_splits_into_micro_batches,
+    object_storage_has_a_cache,
     one_length_of_the_run,
     a_step_hangs_before_its_peers_give_up,
     warmup_ends_before_the_run,

@@ -63,6 +63,10 @@ def _trainer(config: TrainingConfig) -> Iterator[str]:
             yield f"{name}.every_steps = {every_steps} is beyond trainer.max_steps = {max_steps}: only the end counts"
     if config.data.num_workers == 0 and _is_set(config.data, "prefetch"):
         yield "data.prefetch has no effect: data.num_workers is 0"
+    if not isinstance(config.data.manifest, str):
+        for key in ("cache_dir", "cache_gib"):
+            if _is_set(config.data, key) and getattr(config.data, key) is not None:
+                yield f"data.{key} has no effect: data.manifest is a file on this machine"
 
 
 def _autoencoding(config: TrainingConfig) -> Iterator[str]:

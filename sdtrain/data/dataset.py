@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,10 @@ from torch.utils.data import Dataset
 from sdtrain.data.lru import Lru
 from sdtrain.data.manifest import Manifest, ShardEntry, read_takedown
 from sdtrain.data.plan import Order
+from sdtrain.data.prefetch import Prefetcher
+from sdtrain.data.ram_cache import RamCache
 from sdtrain.data.randomness import normals, uniforms
-from sdtrain.data.shard import ShardReader, ShardUnavailableError
+from sdtrain.data.shard import ChecksumError, ShardReader, ShardUnavailableError
 from sdtrain.errors import DataError
 from sdtrain.records import DrawSpec, Tombstone
 
@@ -66,6 +67,27 @@ class Sample:
     error: Tombstone | None = None
 
 
+@dataclass(slots=True)
+class _Process:
+    """What belongs to one process alone: a forked worker opens files and starts threads of its own.
+
+    Attributes:
+        pid: Of the process that made it.
+        readers: Open shards.
+        memory: Samples that are kept, where they are.
+        away: Shards that were waited for in vain.
+        window: The window of the order that was read last.
+        prefetcher: Brings the shards of the next window; None until it is needed.
+    """
+
+    pid: int
+    readers: Lru[int, ShardReader]
+    memory: RamCache
+    away: set[int] = field(default_factory=set)
+    window: object = None
+    prefetcher: Prefetcher | None = None
+
+
 class ShardDataset(Dataset[Sample]):
     """Reads the sample at a global position and draws what its task asked for.
 
@@ -74,10 +96,10 @@ class ShardDataset(Dataset[Sample]):
     server, a stale handle, a copy that is not complete yet) is opened anew and waited for, for a bounded time; once
     that was in vain it is only looked at, one time a sample, until it is back. A sample that cannot be read becomes a
     tombstone (zeros, weight 0) and never moves another one; keys on the take-down list become tombstones as well, but
-    are no errors.
+    are no errors. Shards of object storage are read from the node's cache, a window ahead of what is needed.
 
     Args:
-        manifest_path: The manifest; its take-down list is read once, here.
+        manifest: The manifest; its take-down list is read once, here.
         split: Split of the manifest.
         fields: Name in the batch (`moments`, `tokens`, `pixels`, `attributes`) -> name in the shards
             (`moments.npy`, `tokens.npy`, `jpg`, `attributes.npy`).
@@ -86,6 +108,7 @@ class ShardDataset(Dataset[Sample]):
         draws: What is drawn per sample; each draw's name is its random stream.
         max_open_shards: Files that one process keeps open; at least the order's window, or windows thrash.
         read_retries: Looks at a shard that is away before its sample is given up, see `retry_waits`.
+        ram_cache_bytes: Decoded samples that each process keeps in memory.
 
     Raises:
         DataError: The split lacks a field or its shape, or the order is of another number of samples.
@@ -95,7 +118,7 @@ class ShardDataset(Dataset[Sample]):
     def __init__(
         self,
         *,
-        manifest_path: Path,
+        manifest: Manifest,
         split: str,
         fields: Mapping[str, str],
         order: Order,
@@ -103,8 +126,9 @@ class ShardDataset(Dataset[Sample]):
         draws: DrawSpec,
         max_open_shards: int = MAX_OPEN_SHARDS,
         read_retries: int = READ_RETRIES,
+        ram_cache_bytes: int = 0,
     ) -> None:
-        self.manifest = Manifest.load(manifest_path)
+        self.manifest = manifest
         self.split = split
         self.order = order
         self._shards = self.manifest.split(split)
@@ -115,13 +139,12 @@ class ShardDataset(Dataset[Sample]):
         self._taken_down = read_takedown(self.manifest)
         self._max_open_shards = max_open_shards
         self._waits = retry_waits(read_retries)
-        self._away: set[int] = set()  # shards that were waited for in vain
-        self._readers: Lru[int, ShardReader] | None = None
-        self._process = -1
+        self._ram_cache_bytes = ram_cache_bytes
+        self._process: _Process | None = None
         _check_draws(draws)
         if self.manifest.num_samples(split) != order.num_samples:
             raise DataError(
-                f"{manifest_path}: split {split!r} has {self.manifest.num_samples(split)} samples, "
+                f"{manifest.path}: split {split!r} has {self.manifest.num_samples(split)} samples, "
                 f"the order was made for {order.num_samples}; make it with plan.order_of"
             )
 
@@ -138,6 +161,7 @@ class ShardDataset(Dataset[Sample]):
             normals={name: normals(self._seed, name, position, shape) for name, shape in self._draws.normals.items()},
             uniforms={name: float(uniforms(self._seed, name, position)[0]) for name in self._draws.uniforms},
         )
+        self._look_ahead(position)
         try:
             self._read_patiently(sample, place.shard, place.sample)
         except DataError as error:
@@ -145,65 +169,93 @@ class ShardDataset(Dataset[Sample]):
             self._bury(sample)
         return sample
 
+    def _look_ahead(self, position: int) -> None:
+        """At the first sample of a window, ask for the shards of this window and of the next one."""
+        if self.manifest.cache is None:
+            return
+        mine, window = self._mine(), self.order.window_at(position)
+        if mine.window == window:
+            return
+        mine.window = window
+        if mine.prefetcher is None:
+            mine.prefetcher = Prefetcher(lambda shard: self.manifest.prefetch(self._shards[shard]))
+        mine.prefetcher.want(self.order.shards_ahead(position))
+
     def _read_patiently(self, sample: Sample, shard: int, place: int) -> None:
         """Read, with more than one look at a shard that is away.
 
         A shard is opened anew for every look after the first, so what is found depends on the files alone and not on
         what this process met before; only how long it waits does.
         """
-        again = [0.0] if shard in self._open_readers() else []  # a handle may be stale where the file is well
-        waits = [] if shard in self._away else self._waits
+        mine = self._mine()
+        again = [0.0] if shard in mine.readers else []  # a handle may be stale where the file is well
+        waits = [] if shard in mine.away else self._waits
         for wait in (*again, *waits, None):
             try:
                 self._read(sample, shard, place)
-                self._away.discard(shard)
+                mine.away.discard(shard)
                 return
             except ShardUnavailableError:
-                self._open_readers().discard(shard)
+                mine.readers.discard(shard)
                 if wait is None:
-                    self._away.add(shard)
+                    mine.away.add(shard)
                     raise
                 time.sleep(wait)
 
     def _read(self, sample: Sample, shard: int, place: int) -> None:
+        mine = self._mine()
+        kept = mine.memory.get(shard, place)
+        if kept is not None:
+            sample.key, sample.fields = kept[0], dict(kept[1])
+            return
         sample.key = f"{self._shards[shard].path}#{place}"
-        reader = self._reader(shard)
+        reader = mine.readers.get(shard, lambda: self.manifest.open_shard(self._shards[shard]))
         reader.check()
         sample.key = reader.keys[place]
         if sample.key in self._taken_down:
             self._bury(sample)
             return
         for name, stored in self._fields.items():
+            sample.fields[name] = self._decode(reader, shard, place, name, stored)
+        mine.memory.put(shard, place, sample.key, sample.fields)
+
+    def _decode(
+        self, reader: ShardReader, shard: int, place: int, name: str, stored: str
+    ) -> np.ndarray[Any, np.dtype[Any]]:
+        try:
             value = reader.decode(place, stored)
-            if not isinstance(value, np.ndarray) or value.shape != self._shapes[name]:
-                found = getattr(value, "shape", type(value).__name__)
-                raise DataError(f"{reader.path}: field {stored!r} is {found}, the manifest says {self._shapes[name]}")
-            try:
-                sample.fields[name] = _as_field(value, FIELD_TYPES[name])
-            except ValueError as error:
-                raise DataError(f"{reader.path}: field {stored!r} {error}") from error
+        except ChecksumError as error:
+            if self.manifest.drop_copy(self._shards[shard]):
+                raise ShardUnavailableError(f"{error}; this node's copy of it was dropped") from error
+            raise
+        if not isinstance(value, np.ndarray) or value.shape != self._shapes[name]:
+            found = getattr(value, "shape", type(value).__name__)
+            raise DataError(f"{reader.path}: field {stored!r} is {found}, the manifest says {self._shapes[name]}")
+        try:
+            return _as_field(value, FIELD_TYPES[name])
+        except ValueError as error:
+            raise DataError(f"{reader.path}: field {stored!r} {error}") from error
 
     def _bury(self, sample: Sample) -> None:
         sample.fields = {name: np.zeros(shape, FIELD_TYPES[name]) for name, shape in self._shapes.items()}
         sample.weight = 0.0
 
-    def _reader(self, shard: int) -> ShardReader:
-        return self._open_readers().get(shard, lambda: self.manifest.open_shard(self._shards[shard]))
-
-    def _open_readers(self) -> Lru[int, ShardReader]:
-        if self._readers is None or self._process != os.getpid():  # a forked worker opens files of its own
-            self._readers = Lru(self._max_open_shards, on_drop=ShardReader.close)
-            self._process = os.getpid()
-        return self._readers
+    def _mine(self) -> _Process:
+        if self._process is None or self._process.pid != os.getpid():
+            readers: Lru[int, ShardReader] = Lru(self._max_open_shards, on_drop=ShardReader.close)
+            self._process = _Process(os.getpid(), readers, RamCache(self._ram_cache_bytes))
+        return self._process
 
     def close(self) -> None:
-        """Close the files that this process opened."""
-        if self._readers is not None and self._process == os.getpid():
-            self._readers.clear()
-        self._readers = None
+        """Close the files that this process opened, and end its thread."""
+        if self._process is not None and self._process.pid == os.getpid():
+            if self._process.prefetcher is not None:
+                self._process.prefetcher.close()
+            self._process.readers.clear()
+        self._process = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_readers": None, "_process": -1}
+        return self.__dict__ | {"_process": None}
 
 
 def _as_field(value: np.ndarray[Any, np.dtype[Any]], wanted: type[np.generic]) -> np.ndarray[Any, np.dtype[np.generic]]:

@@ -13,11 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdtrain.data.shard import ShardReader, index_path, read_index
+from sdtrain.data.shard_cache import ShardCache
+from sdtrain.data.storage import Location, RemoteFolder, is_url
 from sdtrain.errors import DataError
 from sdtrain.run_dir import write_atomically
 
 MANIFEST_VERSION = 1
 _ABSENT = "absent"
+_SIDECAR_SHARE = 20  # a sidecar is smaller than this part of its tar
+_TAKEDOWN = "takedown.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +79,34 @@ class Manifest:
     """A data set: nothing in it changes once it is written, and its digest names it.
 
     Attributes:
-        path: Where the manifest stands; not part of its content, so a data set can be moved.
+        path: Where the manifest stands, a file or a URL; not part of its content, so a data set can be moved.
         shards: Sorted by split and path.
         fingerprint: What the shards were made with: autoencoder, tokenizer, transform.
         field_shapes: Field name -> shape of one decoded sample, for the fields that stack.
+        cache: Where shards of object storage are kept on this node.
     """
 
-    path: Path
+    path: Location
     shards: tuple[ShardEntry, ...]
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     field_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    cache: ShardCache | None = field(default=None, compare=False)
 
     @property
     def folder(self) -> Path:
-        """The folder that the shards' paths start from."""
-        return self.path.parent
+        """The folder that the shards' paths start from.
+
+        Raises:
+            DataError: It is on object storage.
+        """
+        if is_url(self.path):
+            raise DataError(f"{self.path}: this needs the files on this machine; copy the data set here first")
+        return Path(self.path).parent
+
+    @cached_property
+    def remote(self) -> RemoteFolder | None:
+        """The folder on object storage that the shards' paths start from; None for files on this machine."""
+        return RemoteFolder(self.path.rpartition("/")[0]) if is_url(self.path) else None
 
     @cached_property
     def sha256(self) -> str:
@@ -129,31 +146,69 @@ class Manifest:
         """A reader whose index is the one that the manifest names.
 
         Raises:
-            DataError: The shard is missing, damaged, or has another number of samples.
+            ShardUnavailableError: The shard is missing or damaged, but may come back.
+            DataError: It has another number of samples, or is on object storage and no cache was given.
+            StorageError: The cache's disk has no room.
         """
-        reader = ShardReader(self.shard_path(shard), index_sha256=shard.index_sha256)
+        if self.remote is None:
+            reader = ShardReader(self.shard_path(shard), index_sha256=shard.index_sha256)
+        else:
+            reader = self._cache.open(self.remote, shard)
         if len(reader) != shard.num_samples:
             reader.close()
             raise DataError(f"{reader.path}: {len(reader)} samples found, {self.path} says {shard.num_samples}")
         return reader
 
+    def prefetch(self, shard: ShardEntry) -> None:
+        """Bring a shard of object storage onto this node, unless it is here or on its way.
+
+        Raises:
+            DataError: As `open_shard`.
+            StorageError: As `open_shard`.
+        """
+        if self.remote is not None:
+            self._cache.prefetch(self.remote, shard)
+
+    def drop_copy(self, shard: ShardEntry) -> bool:
+        """Forget this node's copy of a shard, which turned out to be damaged; whether it was a copy."""
+        if self.remote is None:
+            return False
+        self._cache.discard(shard)
+        return True
+
+    @property
+    def _cache(self) -> ShardCache:
+        if self.cache is None:
+            raise DataError(
+                f"{self.path}: shards of object storage are read through a folder on this node's own disk; "
+                "set data.cache_dir"
+            )
+        return self.cache
+
     @classmethod
-    def load(cls, path: Path) -> Manifest:
+    def load(cls, path: Location, *, cache: ShardCache | None = None) -> Manifest:
         """Read a manifest and check its digest.
+
+        Args:
+            path: A file, or a URL of object storage.
+            cache: For the shards of a URL; without one only the manifest itself can be read.
 
         Raises:
             DataError: Missing, damaged, edited by hand, of another version, or with paths that leave its folder.
+            ConfigError: A URL that no installed library reads.
         """
+        path = path if is_url(path) else Path(path)
         try:
-            page = json.loads(Path(path).read_bytes())
+            page = json.loads(_read_beside(path, None))
         except OSError as error:
             raise DataError(
-                f"{path}: cannot read the manifest: {error.strerror}; check data.manifest, or build the data first"
+                f"{path}: cannot read the manifest: {error.strerror or 'not there'}; check data.manifest, or build the "
+                "data first"
             ) from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: the manifest is not JSON: {error}") from error
         try:
-            manifest = cls._from_content(Path(path), page)
+            manifest = cls._from_content(path, page, cache)
             stated = page["sha256"]
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(f"{path}: not a valid manifest ({type(error).__name__}: {error})") from error
@@ -165,13 +220,21 @@ class Manifest:
         return manifest
 
     @classmethod
-    def _from_content(cls, path: Path, page: Mapping[str, Any]) -> Manifest:
+    def _from_content(cls, path: Location, page: Mapping[str, Any], cache: ShardCache | None) -> Manifest:
         if page["version"] != MANIFEST_VERSION:
             raise ValueError(f"version {page['version']!r} found, {MANIFEST_VERSION} is read")
         shards = tuple(ShardEntry(**(row | {"fields": tuple(row["fields"])})) for row in page["shards"])
         _check_shards(shards)
         shapes = {name: tuple(shape) for name, shape in page["field_shapes"].items()}
-        return cls(path, shards, page["fingerprint"], shapes)
+        return cls(path, shards, page["fingerprint"], shapes, cache)
+
+
+def _read_beside(path: Location, name: str | None) -> bytes:
+    """The file at `path`, or the one called `name` in its folder."""
+    if is_url(path):
+        folder, _, own = path.rpartition("/")
+        return RemoteFolder(folder).read_bytes(name or own)
+    return (Path(path) if name is None else Path(path).with_name(name)).read_bytes()
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -304,6 +367,18 @@ def _problem(manifest: Manifest, shard: ShardEntry, deep: bool) -> str | None:
     return None
 
 
+def bytes_in_use(manifest: Manifest, *, window_shards: int) -> int:
+    """Most bytes of shards and sidecars that a run holds at a time: the window before, this one and the next one.
+
+    Workers cross from one window to the next at different moments, so the one before is still open in some.
+    """
+    total = 0
+    for split in {shard.split for shard in manifest.shards}:
+        sizes = sorted((shard.size_bytes for shard in manifest.split(split)), reverse=True)
+        total += sum(sizes[: 3 * window_shards + 1])
+    return total + total // _SIDECAR_SHARE
+
+
 class Record(NamedTuple):
     """One sample of an offline pass: its key and its decoded fields."""
 
@@ -328,22 +403,22 @@ def read_fields(manifest: Manifest, split: str, fields: Sequence[str]) -> Iterat
 
 def takedown_path(manifest: Manifest) -> Path:
     """The list of keys that must not be read any more; it may change, unlike the manifest."""
-    return manifest.folder / "takedown.json"
+    return manifest.folder / _TAKEDOWN
 
 
 def read_takedown(manifest: Manifest) -> frozenset[str]:
     """Keys that are masked when they are read, without moving any other sample; empty where there is no list.
 
     Raises:
-        DataError: The list is there, but is not `{"keys": [...]}`.
+        DataError: The list is there, but is not `{"keys": [...]}`; or whether it is there cannot be told.
     """
-    path = takedown_path(manifest)
-    if not path.exists():
-        return frozenset()
     try:
-        keys = json.loads(path.read_bytes())["keys"]
+        keys = json.loads(_read_beside(manifest.path, _TAKEDOWN))["keys"]
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise TypeError("keys must be a list of text")
+    except FileNotFoundError:
+        return frozenset()
     except (OSError, ValueError, KeyError, TypeError) as error:
+        path = str(manifest.path).rpartition("/")[0] + f"/{_TAKEDOWN}"
         raise DataError(f'{path}: not a take-down list ({error}); it holds {{"keys": ["...", ...]}}') from error
     return frozenset(keys)

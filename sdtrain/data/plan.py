@@ -85,12 +85,28 @@ class Order:
         """
         if position < 0:
             raise IndexError(f"position {position}: the order starts at 0")
+        epoch, number = self.window_at(position)
+        plan = self._epochs.get(epoch, lambda: self._plan_epoch(epoch))
+        window = self._windows.get((epoch, number), lambda: self._plan_window(plan, epoch, number))
+        place = position - epoch * self.num_samples - int(plan.window_starts[number])
+        return Place(epoch, int(window.shards[place]), int(window.samples[place]))
+
+    def window_at(self, position: int) -> tuple[int, int]:
+        """Epoch and number of the window that a position is in."""
         epoch, offset = divmod(position, self.num_samples)
         plan = self._epochs.get(epoch, lambda: self._plan_epoch(epoch))
-        number = int(plan.window_starts.searchsorted(offset, side="right")) - 1
-        window = self._windows.get((epoch, number), lambda: self._plan_window(plan, epoch, number))
-        place = offset - int(plan.window_starts[number])
-        return Place(epoch, int(window.shards[place]), int(window.samples[place]))
+        return epoch, int(plan.window_starts.searchsorted(offset, side="right")) - 1
+
+    def shards_ahead(self, position: int) -> list[int]:
+        """The shards of a position's window and of the one after it, in the order in which they are needed."""
+        epoch, number = self.window_at(position)
+        plan = self._epochs.get(epoch, lambda: self._plan_epoch(epoch))
+        first = number * self._window_shards
+        ahead = plan.shards[first : first + 2 * self._window_shards]
+        if number + 1 >= len(plan.window_starts):
+            following = self._epochs.get(epoch + 1, lambda: self._plan_epoch(epoch + 1))
+            ahead = np.concatenate([ahead, following.shards[: self._window_shards]])
+        return list(dict.fromkeys(ahead.tolist()))
 
     def _plan_epoch(self, epoch: int) -> _Epoch:
         shards = np.arange(len(self._sizes), dtype=np.int64)

@@ -317,22 +317,23 @@ class ShardReader:
     Args:
         path: The tar; its sidecar must stand beside it.
         index_sha256: The sidecar's digest as the manifest says it; None trusts the sidecar.
+        handle: The tar, already open; the reader closes it. None opens it.
 
     Raises:
         ShardUnavailableError: Tar or sidecar missing, incomplete, or not belonging together.
         DataError: A sidecar that nobody vouches for is damaged.
     """
 
-    def __init__(self, path: Path, *, index_sha256: str | None = None) -> None:
+    def __init__(self, path: Path, *, index_sha256: str | None = None, handle: int | None = None) -> None:
         self.path = path
-        self.index = read_index(path, index_sha256=index_sha256)
         try:
-            self._handle = os.open(path, os.O_RDONLY)
+            self._handle = os.open(path, os.O_RDONLY) if handle is None else handle
         except OSError as error:
             raise ShardUnavailableError(f"{path}: cannot open the shard: {error.strerror}") from error
         try:
+            self.index = read_index(path, index_sha256=index_sha256)
             self.check()
-        except ShardUnavailableError:
+        except BaseException:
             self.close()
             raise
 

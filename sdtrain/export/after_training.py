@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sdtrain import distributed
+from sdtrain.build import load_manifest
 from sdtrain.checkpoints.manifest import list_checkpoints
 from sdtrain.config.run import TrainingConfig
 from sdtrain.config.task import AutoencodingTask
@@ -21,6 +22,6 @@ def export_weights(config: TrainingConfig, run: RunDir) -> None:
         target = run.weights / newest.path.name
         if not target.exists():
             measured = isinstance(config.task, AutoencodingTask) and config.autoencoder.scaling_factor is None
-            export(newest.path, target, scale_manifest=config.data.manifest if measured else None)
+            export(newest.path, target, scale_manifest=load_manifest(config.data) if measured else None)
         print(f"weights: {target}", flush=True)
     distributed.barrier()

@@ -57,7 +57,7 @@ def export(
     ema: bool = True,
     dtype: Dtype = "fp32",
     latent_size: tuple[int, int] | None = None,
-    scale_manifest: Path | None = None,
+    scale_manifest: Path | Manifest | None = None,
 ) -> Path:
     """Write a run's weights in diffusers' layout; the folder appears when it is complete.
 
@@ -176,7 +176,7 @@ def scheduler_config(process: DiffusionProcess) -> dict[str, Any]:
 
 
 def _write_autoencoder(
-    checkpoint: Checkpoint, folder: Path, ema: bool, dtype: torch.dtype, scale_manifest: Path | None
+    checkpoint: Checkpoint, folder: Path, ema: bool, dtype: torch.dtype, scale_manifest: Path | Manifest | None
 ) -> dict[str, Any]:
     """The autoencoder with its scaling factor; returns the facts about it."""
     config = read_config(checkpoint)
@@ -184,7 +184,8 @@ def _write_autoencoder(
     autoencoder = build.build_autoencoder(config.autoencoder)
     fill(autoencoder, load_weights(checkpoint, "autoencoder", ema=ema), where=checkpoint.path)
     if scale_manifest is not None:
-        autoencoder.scaling_factor = measure_scale(autoencoder, Manifest.load(scale_manifest))
+        manifest = scale_manifest if isinstance(scale_manifest, Manifest) else Manifest.load(scale_manifest)
+        autoencoder.scaling_factor = measure_scale(autoencoder, manifest)
     save_autoencoder(autoencoder.to(dtype), folder)
     return {"ema": is_averaged(checkpoint, "autoencoder", ema), "scaling_factor": autoencoder.scaling_factor}
 

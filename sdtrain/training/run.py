@@ -150,7 +150,7 @@ class Attempt:
         """Build everything, resume, train, finish."""
         config, place = self.config, distributed.ranks()
         accumulation = grad_accum_steps(config, place.world_size)
-        manifest = Manifest.load(config.data.manifest)
+        manifest = build.load_manifest(config.data)
         build.check_manifest(config, manifest)
         if place.is_main:
             self.folder.path.mkdir(parents=True, exist_ok=True)

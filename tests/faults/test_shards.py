@@ -42,7 +42,7 @@ def write_data(folder: Path, moments: Callable[[int], np.ndarray] | None = None)
 
 def make(manifest: Manifest, *, read_retries: int = 6, shuffle: bool = False) -> ShardDataset:
     return ShardDataset(
-        manifest_path=manifest.path,
+        manifest=manifest,
         split="train",
         fields={"moments": "moments.npy"},
         order=order_of(manifest, "train", seed=1, window_shards=2, shuffle=shuffle),
@@ -232,7 +232,7 @@ def test_fractions_are_no_tokens(tmp_path: Path) -> None:
     entry = describe_shard(tmp_path / "0.tar", split="train", folder=tmp_path)
     manifest = write_manifest(tmp_path / "m.json", [entry], fingerprint={})
     dataset = ShardDataset(
-        manifest_path=manifest.path,
+        manifest=manifest,
         split="train",
         fields={"tokens": "tokens.npy"},
         order=order_of(manifest, "train", seed=1, window_shards=1),

@@ -19,7 +19,7 @@ from sdtrain.config.load import load_training
 from sdtrain.config.run import TrainingConfig
 from sdtrain.data.manifest import Manifest, ShardEntry
 from sdtrain.denoisers.unet import UNet
-from sdtrain.errors import DataError, ExitCode
+from sdtrain.errors import ConfigError, DataError, ExitCode
 from sdtrain.nn.folders import write_folder
 from sdtrain.tasks.autoencoding import AutoencodingTask
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
@@ -260,6 +260,27 @@ def test_training_shuffles_and_validation_does_not(tmp_path: Path) -> None:
     assert keys["validation"] == sorted(keys["validation"])
     assert keys["train"] != sorted(keys["train"])
     assert len(set(keys["train"])) == 32
+
+
+def test_a_manifest_on_object_storage_is_read_through_a_cache(tmp_path: Path) -> None:
+    make_latent_manifest(tmp_path, train=48, validation=16)
+    local = build.load_manifest(page(tmp_path).data)
+    url = [f"data.manifest=file://{tmp_path}/manifest.json", f"data.cache_dir={tmp_path}/cache"]
+    config = page(tmp_path, *url)
+    remote = build.load_manifest(config.data)
+    assert (remote.sha256, local.cache) == (local.sha256, None)
+    draws = build.build_task(config, remote).draws
+    datasets = [build.build_dataset(config, manifest, draws) for manifest in (local, remote)]
+    for mine, theirs in zip(*([dataset[place] for place in range(48)] for dataset in datasets), strict=True):
+        assert (mine.key, mine.error, theirs.error) == (theirs.key, None, None)
+        assert (mine.fields["moments"] == theirs.fields["moments"]).all()
+    for dataset in datasets:
+        dataset.close()
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 3
+    with pytest.raises(ConfigError) as raised:
+        build.load_manifest(page(tmp_path, *url, "data.cache_gib=1e-4", "data.window_shards=4").data)
+    assert str(raised.value).startswith("data.cache_gib = 0.0001 is too small: with data.window_shards = 4 up to 0.000")
+    assert str(raised.value).endswith("GiB of shards are read or brought ahead at a time; raise data.cache_gib")
 
 
 # Shards that another recipe made --------------------------------------------------------------------------------------

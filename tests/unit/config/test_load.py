@@ -57,6 +57,15 @@ def mistakes(path: Path, *overrides: str) -> list[str]:
 # What a good page gives -----------------------------------------------------------------------------------------------
 
 
+def test_the_url_of_a_manifest_is_kept_as_it_is(page: Path) -> None:
+    url = "s3://bucket/data/manifest.json"
+    config = load_training(page, [f"data.manifest={url}", "data.cache_dir=/scratch"])
+    assert (config.data.manifest, config.data.cache_dir) == (url, Path("/scratch"))
+    copy = page.with_name("copy.yaml")
+    copy.write_text(dump_yaml(config))
+    assert load_training(copy).data == config.data
+
+
 def test_page_gives_typed_values_and_defaults(page: Path) -> None:
     config = load_training(page)
     assert config.optimizer.learning_rate == 1e-4, "1e-4 is a number, without a dot too"

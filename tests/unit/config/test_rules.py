@@ -55,6 +55,20 @@ def page(tmp_path: Path, text: str) -> Path:
             "data.micro_batch_size = 5 (command line): must divide data.batch_size = 12; allowed are 1, 2, 3, 4, 6, 12",
         ),
         (
+            ["data.manifest=s3://bucket/m.json"],
+            "data.cache_dir (line 3): is missing; shards of object storage are read through a folder on the node's own "
+            "disk, for example cache_dir: /scratch/sdtrain",
+        ),
+        *(
+            (
+                [f"data.manifest={scheme}://host/m.json", "data.cache_dir=/scratch"],
+                f'data.manifest = "{scheme}://host/m.json" (command line): must be a file or object storage (s3://, '
+                f"gs://, az://, ...), not {scheme}://: a web server's answers and redirects are not trusted with "
+                "training data; copy the data set, or mount it",
+            )
+            for scheme in ("http", "https", "ftp", "simplecache::s3")
+        ),
+        (
             ["trainer.max_epochs=1"],
             "trainer (line 15): give exactly one of max_steps and max_epochs, and set the other to null",
         ),

@@ -41,6 +41,11 @@ CONFIGS = Path(__file__).parents[3] / "configs/sd15"
             ["validation.every_steps=5"],
             "validation.every_steps = 5 is beyond trainer.max_steps = 4: only the end counts",
         ),
+        (
+            "tiny/train",
+            ["data.cache_dir=/scratch"],
+            "data.cache_dir has no effect: data.manifest is a file on this machine",
+        ),
         ("tiny/train", ["data.prefetch=2"], "data.prefetch has no effect: data.num_workers is 0"),
         (
             "train",

@@ -47,7 +47,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 def make(manifest: Manifest, **changes: object) -> ShardDataset:
     arguments = {
-        "manifest_path": manifest.path,
+        "manifest": manifest,
         "split": "train",
         "fields": FIELDS,
         "order": order_of(manifest, "train", seed=3, window_shards=2),
@@ -212,6 +212,27 @@ def test_taken_down_keys_are_masked_without_moving_others(manifest: Manifest):
         assert sample.error is None
         assert sample.weight == (0 if sample.key == "k7" else 1)
         assert sample.fields["tokens"].any() == (sample.key != "k7")
+
+
+def test_samples_stay_in_memory_as_far_as_there_is_room(manifest: Manifest):
+    """One sample is 64 bytes of moments, 56 of tokens and 512 of Python around them."""
+    plain, kept = make(manifest), make(manifest, ram_cache_bytes=10 * 632)
+    for position in range(60):
+        assert same(plain[position], kept[position])
+    memory = kept._mine().memory
+    assert (memory.used_bytes, memory.hits, memory.misses) == (6320, 10, 50)
+    for path in manifest.folder.glob("*.tar"):
+        path.unlink()
+    assert sum(kept[position].weight for position in range(30)) == 10
+
+
+def test_neither_masked_nor_unreadable_samples_stay_in_memory(manifest: Manifest):
+    (manifest.folder / "takedown.json").write_text(json.dumps({"keys": ["k7"]}))
+    damage(manifest, 2, 3)
+    kept = make(manifest, ram_cache_bytes=10**6)
+    for _ in range(2):
+        assert sum(kept[position].weight for position in range(30)) == 28
+    assert (kept._mine().memory.hits, kept._mine().memory.used_bytes) == (28, 28 * 632)
 
 
 def test_pixels_are_read_channels_first(tmp_path: Path):

@@ -41,7 +41,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 def make(manifest: Manifest, *, shuffle: bool = True) -> ShardDataset:
     return ShardDataset(
-        manifest_path=manifest.path,
+        manifest=manifest,
         split="train",
         fields={"moments": "moments.npy"},
         order=order_of(manifest, "train", seed=5, window_shards=2, shuffle=shuffle),

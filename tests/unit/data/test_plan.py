@@ -50,6 +50,31 @@ def test_a_position_does_not_depend_on_what_was_asked_before(sizes: list[int], w
     assert asked == [fresh.sample_at(position) for position in reversed(positions)][::-1]
 
 
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    window=st.integers(1, 15),
+    positions=st.lists(st.integers(0, 200), min_size=1, max_size=10),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_is_brought_ahead_is_what_comes(sizes: list[int], window: int, positions: list[int]):
+    """The shards ahead are those of this window and of the next one, whatever the epoch, in the order of need."""
+    order = make(sizes, window=window)
+    for position in positions:
+        windows = [order.window_at(position)]
+        end = position
+        while len(windows) < 3:
+            end += 1
+            if order.window_at(end) != windows[-1]:
+                windows.append(order.window_at(end))
+        first = next(p for p in range(position, -1, -1) if p == 0 or order.window_at(p - 1) != windows[0])
+        needed = {order.sample_at(p).shard for p in range(first, end)}
+        ahead = order.shards_ahead(position)
+        assert needed <= set(ahead)
+        assert len(ahead) == len(set(ahead)) <= 2 * window
+        current = {order.sample_at(p).shard for p in range(first, end) if order.window_at(p) == windows[0]}
+        assert current <= set(ahead[:window])
+
+
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[int, list[tuple[int, int, int]]]:
     """A batch size and attempts: (ranks, accumulation, steps until it is killed)."""
