@@ -128,13 +128,15 @@ class MasterPartitions:
 
     @contextmanager
     def working_weights_from(self, replacement: Sequence[Tensor]) -> Iterator[None]:
-        """Let the network run on other weights (the EMA) for a while; collective, the master is untouched after."""
+        """Let the network run on other weights (the EMA) for a while; collective, the master is untouched after.
+
+        Not after an error, with which a rank leaves: putting the weights back is collective, and a rank that waited for
+        the others there would keep its error to itself.
+        """
         saved = [master.clone() for master in self.masters()]
         self._write(replacement)
-        try:
-            yield
-        finally:
-            self._write(saved)
+        yield
+        self._write(saved)
 
     def _write(self, values: Sequence[Tensor]) -> None:
         for master, value in zip(self.masters(), values, strict=True):

