@@ -414,7 +414,9 @@ def _phase(ground: Ground) -> str:
 
 def main() -> int:
     """Run the campaign and print its table."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.campaign", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults.campaign", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--kills", type=int, default=200, help="how many kill -9 (default 200)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments and the faults")
     parser.add_argument("--output", type=Path, help="write the figures as JSON, too")
