@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,11 +22,12 @@ log = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, check: Callable[[Checkpoint], list[str]] = verify) -> Checkpoint:
     """The checkpoint that `path` means: itself, or the newest valid one of a run folder.
 
     Args:
         path: A checkpoint folder, a run folder, or a run's `checkpoints` folder.
+        check: Says what is wrong with one; ranks that open together give `verify_together`.
 
     Raises:
         CheckpointError: There is none, or none (not the named one) verifies.
@@ -40,7 +42,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     refused: list[str] = []
     for checkpoint in candidates:
-        problems = verify(checkpoint)
+        problems = check(checkpoint)
         if not problems:
             return checkpoint
         log.warning("%s is corrupt and not used: %s", checkpoint.path, "; ".join(problems))

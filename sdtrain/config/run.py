@@ -14,6 +14,7 @@ from sdtrain.config.conditioner import ClipTextConfig, ConditionerConfig
 from sdtrain.config.data import DataConfig
 from sdtrain.config.denoiser import CONTEXT_WIDTHS, DenoiserConfig, UNetArch
 from sdtrain.config.ema import EmaConfig
+from sdtrain.config.init_from import InitFromConfig
 from sdtrain.config.optimizer import OptimizerConfig
 from sdtrain.config.problems import Problem
 from sdtrain.config.process import ProcessConfig
@@ -44,6 +45,7 @@ class TrainingConfig(Section):
         process: How noise is added; latent_diffusion only.
         optimizer: AdamW and its learning rate.
         trainer: How long and how the steps are run.
+        init_from: The other run's checkpoint that this run begins with; null begins with fresh weights.
         ema: Moving average of the weights; null keeps none.
         checkpoint: When to save and what to keep.
         validation: Loss on samples never trained on; null never validates.
@@ -64,6 +66,7 @@ class TrainingConfig(Section):
     process: ProcessConfig | None = None
     optimizer: OptimizerConfig
     trainer: TrainerConfig
+    init_from: InitFromConfig | None = None
     ema: EmaConfig | None = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig | None = None

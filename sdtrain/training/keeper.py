@@ -18,6 +18,7 @@ from sdtrain.checkpoints.uploader import Uploader
 from sdtrain.errors import CheckpointError, StorageError
 from sdtrain.run_dir import RunDir
 from sdtrain.training.engine import Engine
+from sdtrain.training.fork import Load, ancestry, take_over
 from sdtrain.training.state import rank_files, restore, state_facts
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class CheckpointKeeper:
         saved_step: Its step; 0 before the first.
         resumed_from: Name of the checkpoint that this attempt started from.
         origin: Name of the run's first attempt, by which its checkpoints are known in any folder.
+        forked_from: Whose checkpoint the run began with, see `fork.ancestry`; None for a run from fresh weights.
+        inherited_steps: How many of the updates that an engine counts as applied were that other run's.
     """
 
     run: RunDir
@@ -58,6 +61,8 @@ class CheckpointKeeper:
     saved_step: int = 0
     resumed_from: str | None = None
     origin: str = field(default="", init=False)
+    forked_from: Mapping[str, Any] | None = field(default=None, init=False)
+    inherited_steps: Mapping[str, int] = field(default_factory=dict, init=False)
     _is_first_boundary: bool = field(default=True, init=False)
     _figures: tuple[int, Mapping[str, float]] = field(default=(-1, {}), init=False)
     _failed: int = field(default=0, init=False)
@@ -153,6 +158,8 @@ class CheckpointKeeper:
             "config_sha256": hashlib.sha256(self.config_text.encode()).hexdigest(),
             "identity": dict(self.identity),
             "run": self.origin,
+            "forked_from": self.forked_from,
+            "inherited_steps": self.inherited_steps,
             **figures,
             **self.environment,
             **state_facts(self.engines),
@@ -201,9 +208,21 @@ class CheckpointKeeper:
             self._log_commit(checkpoint)
         self.parent, self.saved_step, self.resumed_from = checkpoint.path.name, checkpoint.step, checkpoint.path.name
         self.origin = checkpoint.manifest.get("run", checkpoint.manifest["attempt"])
+        self.forked_from = checkpoint.manifest.get("forked_from")
+        self.inherited_steps = checkpoint.manifest.get("inherited_steps", {})
         if self.uploader is not None:
             self.uploader.resumed_from = self.resumed_from
         return checkpoint.step
+
+    def fork(self, source: Checkpoint, load: Load) -> None:
+        """Begin this run with another one's state; collective, before the first step.
+
+        Raises:
+            CheckpointError: It does not fit.
+        """
+        take_over(source, load, self.engines)
+        self.forked_from = ancestry(source, load)
+        self.inherited_steps = {name: engine.applied_steps for name, engine in self.engines.items()}
 
     def _refuse_other_runs(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.manifest.get("identity", {})

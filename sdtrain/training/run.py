@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -22,6 +23,8 @@ from sdtrain.checkpoints.remote import RemoteStore, find_or_fetch
 from sdtrain.checkpoints.retention import Retention
 from sdtrain.checkpoints.saver import Saved
 from sdtrain.checkpoints.uploader import Uploader
+from sdtrain.checkpoints.verify import verify_together
+from sdtrain.checkpoints.weights import open_checkpoint
 from sdtrain.config.load import dump_yaml, load_training, refuse_on_resume
 from sdtrain.config.run import TrainingConfig, grad_accum_steps
 from sdtrain.data.loader import train_loader
@@ -32,7 +35,10 @@ from sdtrain.records import Batch, Task
 from sdtrain.run_dir import RunDir, write_atomically
 from sdtrain.training import environment
 from sdtrain.training.engine import DTYPES, Engine, EngineSettings
+from sdtrain.training.forensics import write_record
+from sdtrain.training.fork import ancestry
 from sdtrain.training.goodput import Goodput
+from sdtrain.training.health import HealthSettings
 from sdtrain.training.heartbeat import LEAVING, Patience
 from sdtrain.training.keeper import CheckpointKeeper
 from sdtrain.training.lr_schedule import learning_rate_at
@@ -41,6 +47,7 @@ from sdtrain.training.outcome import leave_broken, leave_together, refuse_to_spi
 from sdtrain.training.preemption import Interrupted, Preemption, Request
 from sdtrain.training.progress import Progress
 from sdtrain.training.reporter import Reporter
+from sdtrain.training.rollback import Rollback
 from sdtrain.training.stragglers import Stragglers, WorkClock
 from sdtrain.training.tracking import Tracker
 from sdtrain.training.trainer import Periodic, Report, Trainer, TrainerSettings
@@ -160,7 +167,10 @@ class Attempt:
         if checkpoint is not None:
             refuse_on_resume(load_training(checkpoint.path / "config.yaml"), config)
         start = 0 if checkpoint is None else checkpoint.step
-        self._announce(checkpoint, start, resume)
+        source = None
+        if checkpoint is None and config.init_from is not None:
+            source = open_checkpoint(config.init_from.checkpoint, check=verify_together)
+        self._announce(checkpoint, start, resume, source)
         self.beat("build", start)
         torch.manual_seed(config.seed)  # every rank initialises the same network
         task = build.build_task(config, manifest)
@@ -170,6 +180,8 @@ class Attempt:
         self.beat("restore")
         if checkpoint is not None:
             keeper.restore(checkpoint)
+        elif source is not None and config.init_from is not None:
+            keeper.fork(source, config.init_from.load)
         max_steps = build.max_steps(config, manifest)
         self._write_down()
         self.reporter = self._reporter(task, start, max_steps)
@@ -225,6 +237,7 @@ class Attempt:
                 gradient_clip_norm=config.optimizer.gradient_clip_norm,
                 reduce_bucket_size=config.trainer.reduce_bucket_size,
                 overlap_comm=config.trainer.overlap_comm,
+                oom_skip=config.trainer.oom_skip,
                 ema_decay=None if config.ema is None else config.ema.decay,
             )
             engines[name] = Engine(trainable.module, settings)
@@ -279,7 +292,9 @@ class Attempt:
                     "checkpoint not saved", f"step {saved.step}: training goes on, see the log", "ERROR"
                 )
 
-    def _announce(self, checkpoint: Checkpoint | None, start: int, resume: Resume) -> None:
+    def _announce(
+        self, checkpoint: Checkpoint | None, start: int, resume: Resume, source: Checkpoint | None = None
+    ) -> None:
         """Log the start of this attempt, unless it would end like the last ones; who says where to start knows more."""
         page = hashlib.sha256(dump_yaml(self.config).encode()).hexdigest()
         if resume == "auto":
@@ -289,11 +304,12 @@ class Attempt:
         resumed = None if checkpoint is None else checkpoint.path.name
         world_size = distributed.ranks().world_size
         facts = {"resumed_from": resumed, "step": start, "world_size": world_size, "config_sha256": page}
+        begins = f"resumes from {resumed}" if resumed else "starts afresh"
+        if source is not None and self.config.init_from is not None:
+            facts["forked_from"] = ancestry(source, self.config.init_from.load)
+            begins = f"starts with {self.config.init_from.load} of {source.path}"
         self.folder.log("start", attempt=self.attempt, **facts)
-        print(
-            f"attempt {self.attempt}: {'resumes from ' + resumed if resumed else 'starts afresh'}, step {start}",
-            flush=True,
-        )
+        print(f"attempt {self.attempt}: {begins}, step {start}", flush=True)
 
     def _write_down(self) -> None:
         """Leave the resolved page and the surroundings in the run folder."""
@@ -326,19 +342,16 @@ class Attempt:
         max_steps: int,
         accumulation: int,
     ) -> Trainer:
-        config, place = self.config, distributed.ranks()
-        assert self.reporter is not None
-        self.batches = train_loader(
-            build.build_dataset(config, manifest, task.draws),
-            start_step=start,
-            max_steps=max_steps,
-            batch_size=config.data.batch_size,
-            micro_batch_size=config.data.micro_batch_size,
-            world_size=place.world_size,
-            rank=place.rank,
-            num_workers=config.data.num_workers,
-            prefetch=config.data.prefetch,
-        )
+        config, reporter = self.config, self.reporter
+        assert reporter is not None
+
+        def batches_after(step: int) -> Iterator[tuple[int, int, Batch]]:
+            return self._batches_after(step, task, manifest, max_steps, keeper.positions.skipped_steps)
+
+        def on_restart(step: int) -> None:
+            if reporter.metrics is not None:
+                reporter.metrics = MetricsLog(self.folder, attempt=self.attempt, resumed_step=step)
+
         return Trainer(
             task=task,
             engines=engines,
@@ -349,15 +362,41 @@ class Attempt:
                 seed=config.seed,
                 log_every_steps=config.trainer.log_every_steps,
                 max_bad_fraction=config.data.max_bad_fraction,
+                health=HealthSettings(**config.health.model_dump()),
             ),
-            batches=self.batches,
-            learning_rate=lambda name, applied: self._learning_rate(task, name, applied, max_steps),
+            batches=batches_after(start),
+            learning_rate=lambda name, applied: self._learning_rate(
+                task, name, applied - keeper.inherited_steps.get(name, 0), max_steps
+            ),
             start_step=start,
             events=self._events(task, manifest, engines, keeper),
             on_report=self._report,
             beat=self.beat,
             leaves_after=lambda step: self._leaves_after(step, keeper),
+            on_sick=partial(write_record, self.folder.sick, self.attempt),
+            roll_back=Rollback(keeper=keeper, batches_after=batches_after, on_restart=on_restart),
         )
+
+    def _batches_after(
+        self, step: int, task: Task, manifest: Manifest, max_steps: int, skipped_steps: int
+    ) -> Iterator[tuple[int, int, Batch]]:
+        """The batches behind `step` finished steps; those that were read ahead before are given up."""
+        config, place = self.config, distributed.ranks()
+        if self.batches is not None:
+            self.batches.close()
+        self.batches = train_loader(
+            build.build_dataset(config, manifest, task.draws),
+            start_step=step,
+            max_steps=max_steps,
+            batch_size=config.data.batch_size,
+            micro_batch_size=config.data.micro_batch_size,
+            world_size=place.world_size,
+            rank=place.rank,
+            num_workers=config.data.num_workers,
+            prefetch=config.data.prefetch,
+            skipped_steps=skipped_steps,
+        )
+        return self.batches
 
     def _report(self, report: Report) -> None:
         assert self.reporter is not None

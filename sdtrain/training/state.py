@@ -20,7 +20,7 @@ def rank_files(engines: Mapping[str, Engine]) -> dict[str, dict[str, Tensor]]:
     rank = distributed.ranks().rank
     files = {rank_file(name, rank): engine.tensors() for name, engine in engines.items()}
     extra = {
-        buffer_key(name, key): value for name, engine in engines.items() for key, value in _buffers(engine).items()
+        buffer_key(name, key): value for name, engine in engines.items() for key, value in buffers_of(engine).items()
     }
     return files | {rank_file("extra", rank): extra}
 
@@ -57,7 +57,8 @@ def restore(checkpoint: Checkpoint, engines: Mapping[str, Engine]) -> None:
             for group, (start, stop) in enumerate(engine.partitions.spans)
             for kind in kinds
         }
-        engine.restore(read, applied_steps=facts["applied_steps"][name], scaler=facts["scalers"][name])
+        scaler = facts["scalers"][name] if engine.scaler_state() else {}  # a fork may have another precision
+        engine.restore(read, applied_steps=facts["applied_steps"][name], scaler=scaler)
     _restore_buffers(checkpoint, engines)
 
 
@@ -78,7 +79,8 @@ def _check_layouts(checkpoint: Checkpoint, engines: Mapping[str, Engine]) -> Non
         )
 
 
-def _buffers(engine: Engine) -> dict[str, Tensor]:
+def buffers_of(engine: Engine) -> dict[str, Tensor]:
+    """What a module keeps beside its parameters, by name."""
     parameters = {name for name, _ in engine.module.named_parameters()}
     return {name: value for name, value in engine.module.state_dict().items() if name not in parameters}
 
@@ -89,5 +91,5 @@ def _restore_buffers(checkpoint: Checkpoint, engines: Mapping[str, Engine]) -> N
     source = place.rank if checkpoint.world_size == place.world_size else 0
     for name, engine in engines.items():
         saved = read_buffers(checkpoint, name, rank=source)
-        for key, buffer in _buffers(engine).items():
+        for key, buffer in buffers_of(engine).items():
             buffer.copy_(saved[key])
