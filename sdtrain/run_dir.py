@@ -129,6 +129,11 @@ class RunDir:
         return self.path / "samples"
 
     @property
+    def sick(self) -> Path:
+        """Folder of what is known about thrown-away steps, `step-N.json`."""
+        return self.path / "sick"
+
+    @property
     def hangs(self) -> Path:
         """Folder of what watchdogs report of ranks that stand still, `<launch>/rank-N.json`."""
         return self.path / "hangs"

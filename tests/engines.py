@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from sdtrain import cli, distributed
 from sdtrain.checkpoints.recut import Layout
-from sdtrain.training.trainer import StepResult
+from sdtrain.training.engine import StepResult
+from sdtrain.training.health import StepLost
 
 
 class PlainEngine:
     """What trainer, keeper and state ask of an engine, on plain tensors.
 
-    `skips` names the calls (from 0) whose gradients are not finite; `log` is told everything that happens.
+    `skips` names the updates (from 0) whose gradients are not finite, beside those whose losses are not; `loses` names
+    the backwards (from 0) that lack memory on some rank; `log` is told everything that happens.
     """
 
     def __init__(
@@ -32,14 +34,15 @@ class PlainEngine:
         name: str = "denoiser",
         accumulation: int = 1,
         skips: Sequence[int] = (),
+        loses: Sequence[int] = (),
         has_ema: bool = True,
         log: list[Any] | None = None,
     ) -> None:
         self.module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)) if module is None else module
         self.applied_steps = 0
         self.log = [] if log is None else log
-        self._name, self._accumulation, self._skips = name, accumulation, set(skips)
-        self._micro, self._updates = 0, 0
+        self._name, self._accumulation, self._skips, self._loses = name, accumulation, set(skips), set(loses)
+        self._micro, self._updates, self._backwards, self._is_finite = 0, 0, 0, True
         flat = torch.cat([parameter.detach().flatten() for parameter in self.module.parameters()])
         layout = Layout.of([{key: parameter.shape for key, parameter in self.module.named_parameters()}])
         self.partitions: Any = SimpleNamespace(layout=layout, spans=((0, len(flat)),))
@@ -54,20 +57,35 @@ class PlainEngine:
         self.log.append(("alone", self._name, [other._name for other in others]))
         yield
 
+    def begin(self) -> None:
+        self.module.train()
+
     def backward(self, losses: Tensor, weights: Tensor) -> None:
         self.log.append(("backward", self._name))
+        self._backwards += 1
+        if self._backwards - 1 in self._loses:
+            raise StepLost("MemoryError: too little")
+        self._micro += 1
+        self._is_finite &= bool(torch.isfinite(losses).all())
+
+    def discard(self) -> None:
+        self.log.append(("discard", self._name))
+        self._micro, self._is_finite = self._accumulation, False
 
     def step(self, learning_rate: float) -> StepResult | None:
-        self._micro += 1
-        if self._micro % self._accumulation:
+        if self._micro < self._accumulation:
             return None
         self.log.append(("step", self._name, learning_rate))
-        skipped = self._updates in self._skips
+        skipped = self._updates in self._skips or not self._is_finite
+        self._micro, self._is_finite = 0, True
         self._updates += 1
         if skipped:
             return StepResult(applied=False, gradient_norm=float("inf"), learning_rate=learning_rate, ema_decay=None)
         self.applied_steps += 1
         return StepResult(applied=True, gradient_norm=1.0, learning_rate=learning_rate, ema_decay=0.5)
+
+    def rewind(self, *, keeps_scale: bool) -> None:
+        self.log.append(("rewind", self._name, keeps_scale))
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -109,6 +127,16 @@ def one_rank() -> Iterator[None]:
                 distributed.shutdown()
             else:
                 deepspeed.comm.destroy_process_group()
+
+
+@contextmanager
+def fp16_on_cpu() -> Iterator[None]:
+    """Let DeepSpeed train in fp16 on a CPU, which it refuses where the CPU has no fast instructions for it."""
+    from deepspeed.accelerator import get_accelerator
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+        yield
 
 
 def sdtrain(*arguments: object) -> int:

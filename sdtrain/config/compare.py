@@ -28,6 +28,8 @@ ALLOWED_ON_RESUME = (
     "data.ram_cache_gib",
     "data.micro_batch_size",
     "task.loss_bins",
+    "trainer.oom_skip",
+    "health",
     "checkpoint",
     "validation",
     "samples",

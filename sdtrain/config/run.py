@@ -14,6 +14,7 @@ from sdtrain.config.conditioner import ClipTextConfig, ConditionerConfig
 from sdtrain.config.data import DataConfig
 from sdtrain.config.denoiser import CONTEXT_WIDTHS, DenoiserConfig, UNetArch
 from sdtrain.config.ema import EmaConfig
+from sdtrain.config.health import HealthConfig
 from sdtrain.config.init_from import InitFromConfig
 from sdtrain.config.optimizer import OptimizerConfig
 from sdtrain.config.problems import Problem
@@ -47,6 +48,7 @@ class TrainingConfig(Section):
         trainer: How long and how the steps are run.
         init_from: The other run's checkpoint that this run begins with; null begins with fresh weights.
         ema: Moving average of the weights; null keeps none.
+        health: Which steps are thrown away, and when the run goes back to an older checkpoint.
         checkpoint: When to save and what to keep.
         validation: Loss on samples never trained on; null never validates.
         samples: Pictures drawn while training; null draws none.
@@ -68,6 +70,7 @@ class TrainingConfig(Section):
     trainer: TrainerConfig
     init_from: InitFromConfig | None = None
     ema: EmaConfig | None = EmaConfig()
+    health: HealthConfig = HealthConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig | None = None
     samples: SamplesConfig | None = None

@@ -21,6 +21,9 @@ class TrainerConfig(Section):
         gradient_checkpointing: `blocks` recomputes them in the backward: far less memory, a quarter slower.
         reduce_bucket_size: Elements in one gradient reduction.
         overlap_comm: Reduce gradients while the backward goes on.
+        oom_skip: Throw a step away also where a rank runs out of memory in its backward. Gradients are then reduced
+            after each backward instead of during it, and stand whole on every rank until then; false ends such an
+            attempt, and the next one resumes. In the forward it is always thrown away.
         log_every_steps: Steps between two rows of metrics.jsonl.
         timeout_seconds: How long a rank may stand still outside of its steps (start, first step, validation, saving)
             before the run counts as hung. Collectives wait a minute longer, so that the watchdog names the culprit.
@@ -37,6 +40,7 @@ class TrainerConfig(Section):
     gradient_checkpointing: Literal["none", "blocks"] = "none"
     reduce_bucket_size: PositiveInt = 50_000_000
     overlap_comm: bool = False
+    oom_skip: bool = False
     log_every_steps: PositiveInt = 10
     timeout_seconds: PositiveFloat = 1800.0
     hang_timeout_seconds: PositiveFloat | None = None

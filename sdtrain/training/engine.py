@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from sdtrain import distributed
 from sdtrain.checkpoints.partitions import MasterPartitions
+from sdtrain.errors import RequeueRequest
 from sdtrain.records import Precision
 from sdtrain.training.ema import ShardedEma
+from sdtrain.training.health import agree, for_keeps, is_out_of_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,6 +57,7 @@ class EngineSettings:
     gradient_clip_norm: float | None = 1.0
     reduce_bucket_size: int = 50_000_000
     overlap_comm: bool = False
+    oom_skip: bool = False
     ema_decay: float | None = 0.9999
 
     def deepspeed_config(self, world_size: int) -> dict[str, Any]:
@@ -124,6 +128,10 @@ class Engine:
         deepspeed = import_deepspeed()
         self.settings = settings
         self.applied_steps = 0
+        self._micro_steps = 0
+        self._held_back = ExitStack()  # the gradient reduction, while `oom_skip` holds it back
+        self._buffers: list[Tensor] = []
+        self._scaler: dict[str, float] = {}
         optimizer = torch.optim.AdamW(
             parameter_groups(module, settings.weight_decay, settings.weight_decay_on),
             lr=0.0,
@@ -140,6 +148,8 @@ class Engine:
             config=settings.deepspeed_config(distributed.ranks().world_size),
             dist_init_required=False,
         )
+        if settings.precision == "fp16":  # it would raise at its least scale; `Health` decides when enough is enough
+            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self.module: nn.Module = self._engine.module
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.partitions = MasterPartitions.of(self._engine.optimizer, self.module)
@@ -149,26 +159,99 @@ class Engine:
             None if settings.ema_decay is None else ShardedEma(self.partitions.masters(), decay=settings.ema_decay)
         )
 
+    # One step: begin, a backward per micro-step or `discard`, step, and `rewind` where it was not applied ------------
+
+    def begin(self) -> None:
+        """Start a step: training mode, and a copy of what a forward changes (statistics of BatchNorm, codebooks)."""
+        self.module.train()
+        self._buffers = [buffer.detach().clone() for buffer in self.module.buffers()]
+
     def backward(self, losses: Tensor, weights: Tensor) -> None:
         """Backward of sum(losses * weights) / planned micro-batch size.
 
         DeepSpeed divides by accumulation and ranks, so the whole step is sum(losses * weights) / batch_size: a
         tombstone (weight 0) takes its own share away and changes nothing for the others.
+
+        Raises:
+            StepLost: With `oom_skip`, on all ranks: `discard` the step.
+            RequeueRequest: Out of memory without `oom_skip`: the other ranks wait in a reduction by now.
         """
-        self._engine.backward((losses * weights).sum() / self.settings.micro_batch_size)
+        self._micro_steps += 1
+        self._engine.set_gradient_accumulation_boundary(self._is_boundary)
+        loss = (losses * weights).sum() / self.settings.micro_batch_size
+        if self.settings.oom_skip:
+            self._backward_held_back(loss)
+            return
+        try:
+            self._engine.backward(loss)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RequeueRequest(
+                f"out of memory in a backward: {error}\nThe other ranks wait for this rank's gradients, so the step "
+                "cannot be thrown away; started again, the run goes on from its last checkpoint. trainer.oom_skip: "
+                "true skips such steps; a smaller data.micro_batch_size or trainer.gradient_checkpointing: blocks "
+                "needs less memory."
+            ) from None
+
+    def _backward_held_back(self, loss: Tensor) -> None:
+        """Backward on this rank alone; the reduction follows once all ranks got through.
+
+        In fp32 gradients add up in the parameters and one reduction ends the step, as DeepSpeed has it. In half
+        precision they would add up in half precision, so each micro-step is reduced into the fp32 sum by itself.
+        """
+        self._hold_back()
+        error = None
+        try:
+            self._engine.backward(loss)
+        except Exception as raised:
+            error = for_keeps(raised)
+        agree(error)
+        if self.settings.precision != "fp32":
+            self._reduce()
+
+    def discard(self) -> None:
+        """Make the coming `step` a skipped one, whatever was accumulated; on all ranks, with no graph alive.
+
+        NaN gradients go through the reduction of all ranks in place of what is missing. DeepSpeed's own check then
+        skips the update and clears everything, so nothing of its inside has to be known here.
+        """
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # after running out of memory its cache is in pieces
+        self._hold_back()
+        for parameter in self._trained:
+            parameter.grad = torch.full_like(parameter, math.nan, memory_format=torch.contiguous_format)
+        self._reduce()
+        self._micro_steps = self.settings.grad_accum_steps
+        self._engine.set_gradient_accumulation_boundary(True)
+
+    def _hold_back(self) -> None:
+        """Keep gradients on this rank until `_reduce`."""
+        if not self._engine.inside_no_sync_ctxt:
+            self._held_back.enter_context(self._engine.coalesce_grad_reduction())
+
+    def _reduce(self) -> None:
+        """Reduce what was held back; collective."""
+        self._held_back.close()
+
+    @property
+    def _is_boundary(self) -> bool:
+        return self._micro_steps == self.settings.grad_accum_steps
 
     def step(self, learning_rate: float) -> StepResult | None:
-        """Count one micro-step; at the accumulation boundary update the weights and the EMA.
+        """Update the weights and the EMA once all micro-steps are accumulated.
 
         Returns:
-            None between boundaries, else what the update did.
+            What the update did; None where micro-steps are missing.
         """
-        is_boundary = self._engine.is_gradient_accumulation_boundary()
+        if not self._is_boundary:
+            return None
+        self._micro_steps = 0
+        self._reduce()
+        self._scaler = self.scaler_state()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        if not is_boundary:
-            return None
         norm = self._engine.get_global_grad_norm()
         if not self._engine.was_step_applied():
             return StepResult(applied=False, gradient_norm=float("inf"), learning_rate=learning_rate, ema_decay=None)
@@ -177,6 +260,18 @@ class Engine:
         if self.ema is not None:
             decay = self.ema.update(self.partitions.masters(), applied_steps=self.applied_steps)
         return StepResult(applied=True, gradient_norm=norm, learning_rate=learning_rate, ema_decay=decay)
+
+    @torch.no_grad()
+    def rewind(self, *, keeps_scale: bool) -> None:
+        """Take back what a step that was not applied has left beside the weights.
+
+        Args:
+            keeps_scale: Whether the fp16 loss scale stays as lowered: right only where gradients alone overflowed.
+        """
+        for buffer, before in zip(self.module.buffers(), self._buffers, strict=True):
+            buffer.copy_(before)
+        if not keeps_scale:
+            self._set_scaler(self._scaler)
 
     @property
     def loss_scale(self) -> float:
@@ -226,6 +321,9 @@ class Engine:
         self.applied_steps = applied_steps
         if self.ema is not None:
             self.ema.restore([read[f"group{index}/ema"] for index in range(len(self.ema.shards))])
-        for name, value in scaler.items():
-            kind = type(getattr(self._engine.optimizer.loss_scaler, name))
-            setattr(self._engine.optimizer.loss_scaler, name, kind(value))
+        self._set_scaler(scaler)
+
+    def _set_scaler(self, state: Mapping[str, float]) -> None:
+        scaler = self._engine.optimizer.loss_scaler
+        for name, value in state.items():
+            setattr(scaler, name, type(getattr(scaler, name))(value))

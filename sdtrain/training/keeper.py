@@ -19,6 +19,7 @@ from sdtrain.errors import CheckpointError, StorageError
 from sdtrain.run_dir import RunDir
 from sdtrain.training.engine import Engine
 from sdtrain.training.fork import Load, ancestry, take_over
+from sdtrain.training.positions import Positions
 from sdtrain.training.state import rank_files, restore, state_facts
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class CheckpointKeeper:
         parent: Name of the newest checkpoint in this lineage; None before the first.
         saved_step: Its step; 0 before the first.
         resumed_from: Name of the checkpoint that this attempt started from.
+        positions: Where in the order of samples the steps of this lineage begin.
         origin: Name of the run's first attempt, by which its checkpoints are known in any folder.
         forked_from: Whose checkpoint the run began with, see `fork.ancestry`; None for a run from fresh weights.
         inherited_steps: How many of the updates that an engine counts as applied were that other run's.
@@ -63,11 +65,13 @@ class CheckpointKeeper:
     origin: str = field(default="", init=False)
     forked_from: Mapping[str, Any] | None = field(default=None, init=False)
     inherited_steps: Mapping[str, int] = field(default_factory=dict, init=False)
+    positions: Positions = field(init=False)
     _is_first_boundary: bool = field(default=True, init=False)
     _figures: tuple[int, Mapping[str, float]] = field(default=(-1, {}), init=False)
     _failed: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self.positions = Positions(self.batch_size)
         self.origin = self.attempt
 
     @cached_property
@@ -151,8 +155,9 @@ class CheckpointKeeper:
     def _facts(self, step: int) -> dict[str, Any]:
         figures = {"figures": self._figures[1]} if self._figures[0] == step else {}
         return {
-            "first_position": self.saved_step * self.batch_size,
-            "last_position": step * self.batch_size,
+            "first_position": self.positions.at(self.saved_step),
+            "last_position": self.positions.at(step),
+            "left_out": self.positions.left_out,
             "samples_seen": step * self.batch_size,
             "parent": self.parent,
             "config_sha256": hashlib.sha256(self.config_text.encode()).hexdigest(),
@@ -183,11 +188,12 @@ class CheckpointKeeper:
 
     def _log_commit(self, checkpoint: Checkpoint, **more: Any) -> None:
         """One ledger row per commit; a rank killed between the commit and its row leaves this to the next attempt."""
-        told = {
-            (row.get("checkpoint"), row.get("attempt")) for row in self.run.ledger_rows() if row["event"] == "commit"
-        }
+        known = ("attempt", "last_position")  # an attempt that was rolled back commits the same step again
+        told = [
+            (row.get("checkpoint"), *map(row.get, known)) for row in self.run.ledger_rows() if row["event"] == "commit"
+        ]
         manifest = checkpoint.manifest
-        if (checkpoint.path.name, manifest["attempt"]) in told:
+        if (checkpoint.path.name, *map(manifest.get, known)) in told:
             return
         shown = ("attempt", "step", "parent", "world_size", "first_position", "last_position", "write_seconds")
         facts = {name: manifest.get(name) for name in shown}
@@ -204,6 +210,7 @@ class CheckpointKeeper:
         self.join()
         self._refuse_other_runs(checkpoint)
         restore(checkpoint, self.engines)
+        self.positions = self.positions.resumed(self.run, checkpoint)
         if distributed.ranks().is_main:
             self._log_commit(checkpoint)
         self.parent, self.saved_step, self.resumed_from = checkpoint.path.name, checkpoint.step, checkpoint.path.name

@@ -139,6 +139,8 @@ class Reporter:
             "train/data_wait_share": self.throughput.data_wait_share,
             "train/eta_seconds": self.throughput.eta_seconds(left),
             "train/skipped_steps": float(report.skipped),
+            **{f"train/skipped/{cause.replace(' ', '_')}": float(times) for cause, times in report.causes.items()},
+            **({"train/rollbacks": float(report.rollbacks)} if report.rollbacks else {}),
         }
 
     def _watch(self, report: Report, figures: Mapping[str, float]) -> None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sdtrain import distributed
 from sdtrain.data.randomness import philox_bits
 from sdtrain.errors import DataError, DivergedError
-from sdtrain.records import Batch, Task, Tombstone
+from sdtrain.records import Batch, LossOutput, Task, Tombstone
 from sdtrain.training.engine import Engine, StepResult
+from sdtrain.training.forensics import Evidence, SickStep
+from sdtrain.training.health import Cause, Health, HealthSettings, StepLost, agree, for_keeps
+from sdtrain.training.rollback import Restart
+from sdtrain.training.window import Report, Window
+
+__all__ = ["Beat", "Periodic", "Report", "StepResult", "Trainer", "TrainerSettings"]
 
 Event = Callable[[int], None]
 Beat = Callable[[str, int, int], None]
@@ -29,8 +35,8 @@ class TrainerSettings:
     grad_accum_steps: int
     seed: int
     log_every_steps: int = 10
-    max_skipped_in_a_row: int = 25
     max_bad_fraction: float = 0.01
+    health: HealthSettings = field(default_factory=HealthSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,64 +58,14 @@ class Periodic:
         return step % self.every_steps == 0 or (self.at_end and step == max_steps)
 
 
-@dataclass(slots=True)
-class Window:
-    """Sums since the last report, kept on the device: reading them any earlier is a CPU-GPU sync point."""
-
-    steps: int = 0
-    skipped: int = 0
-    data_wait_seconds: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, Tensor] = field(default_factory=dict)
-    results: dict[str, StepResult] = field(default_factory=dict)
-
-    def add(self, name: str, values: Tensor, weights: Tensor) -> None:
-        """Add per-sample figures; a sample of weight 0 does not count."""
-        values = values.detach().double()
-        seen = (weights > 0).double()
-        total = torch.where(seen > 0, values, 0.0).sum()
-        self.sums[name] = self.sums.get(name, 0.0) + total
-        self.counts[name] = self.counts.get(name, 0.0) + seen.sum()
-
-    def means(self) -> dict[str, float]:
-        """Means over all samples of all ranks; collective."""
-        names = sorted(self.sums)
-        local = [float(self.sums[name]) for name in names] + [float(self.counts[name]) for name in names]
-        gathered = torch.tensor(distributed.gather_objects(local), dtype=torch.float64).sum(0)
-        sums, counts = gathered[: len(names)], gathered[len(names) :]
-        return {name: float(total / count.clamp(min=1)) for name, total, count in zip(names, sums, counts, strict=True)}
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """One line of the run's diary, the same on all ranks.
-
-    Attributes:
-        step: Finished steps.
-        means: Per-sample means since the last report, `<trainable>/loss` and the task's own figures.
-        results: The last applied update of every trainable.
-        seconds: Wall time since the last report, events (saving, validation) excluded.
-        images: Images consumed by all ranks since the last report.
-    """
-
-    step: int
-    samples_seen: int
-    means: dict[str, float]
-    results: dict[str, StepResult]
-    seconds: float
-    data_wait_seconds: float
-    images: int
-    skipped: int
-
-
 class Trainer:
     """Runs a task's trainables over a stream of micro-batches.
 
-    `leaves_after(step)` is asked on all ranks after every step; a true answer, the same on all of them, ends the loop.
+    A step that is sick on any rank is thrown away on all of them; see `health`. `leaves_after(step)` is asked on all
+    ranks after every step; a true answer, the same on all of them, ends the loop.
 
     Attributes:
-        step: Finished optimiser steps; sample positions below `step * batch_size` are consumed.
+        step: Finished optimiser steps.
         tombstones: Every sample that this rank could not read.
     """
 
@@ -126,7 +82,17 @@ class Trainer:
         on_report: Callable[[Report], None] = lambda report: None,
         beat: Beat = lambda phase, step, micro_step: None,
         leaves_after: Callable[[int], bool] = lambda step: False,
+        on_sick: Callable[[SickStep], Path | None] = lambda sick: None,
+        roll_back: Callable[[int, int, str], Restart | None] = lambda first_sick_step, finished_steps, story: None,
     ) -> None:
+        """Put the loop together.
+
+        Args:
+            learning_rate: (trainable, applied steps) -> rate.
+            on_sick: Leaves a record of a thrown-away step; collective.
+            roll_back: (steps before the sickness, finished steps, what happened) -> where to go on, or None where
+                there is nothing to go back to; collective.
+        """
         self.task = task
         self.engines = engines
         self.settings = settings
@@ -138,20 +104,27 @@ class Trainer:
         self._on_report = on_report
         self._beat = beat
         self._leaves_after = leaves_after
+        self._on_sick = on_sick
+        self._roll_back = roll_back
         self._window = Window()
-        self._skipped_in_a_row = dict.fromkeys(engines, 0)
+        self._health = {name: Health(settings.health) for name in engines}
+        self._last_record: Path | None = None
+        self._rollbacks = 0
+        self._read: list[Batch] = []  # micro-batches of this step so far
         self._samples_read = 0
 
     def fit(self) -> bool:
         """Train until `max_steps`, or until a rank is asked to leave; returns whether the run is complete."""
         max_steps = self.settings.max_steps
         while self.step < max_steps:
-            batches = self._read()
+            self._read = []
             for name in [name for name in self.engines if self.task.is_active(name, self.step)]:
-                result = self._update(name, batches)
-                self._watch(name, result)
+                self._update(name)
             self.step += 1
             self._window.steps += 1
+            if any(health.is_sick for health in self._health.values()):
+                self._go_back()
+                continue
             if self.step % self.settings.log_every_steps == 0 or self.step == max_steps:
                 self._report()
             for event in self._events:
@@ -161,52 +134,80 @@ class Trainer:
                 break
         return self.step >= max_steps
 
-    def _read(self) -> list[Batch]:
-        """The micro-batches of one step; how long the loop stood still for data is a figure of its own."""
+    # One step ---------------------------------------------------------------------------------------------------------
+
+    def _update(self, name: str) -> None:
+        """Accumulate one step's micro-batches and step one trainable, or throw the step away, on all ranks alike."""
+        engine = self.engines[name]
+        for each in self.engines.values():
+            each.begin()
+        evidence = Evidence(limit=self._health[name].history.limit)
+        applied_steps = engine.applied_steps
+        with engine.alone([other for other in self.engines.values() if other is not engine]):
+            self._accumulate(name, evidence)
+            if evidence.lost is not None:
+                engine.discard()
+            self._beat("step", self.step, 0)
+            result = engine.step(self._learning_rate(name, applied_steps))
+        assert result is not None, "all micro-steps are accumulated or discarded"
+        if result.applied:
+            self._health[name].applied(evidence.loss.read())
+            self._window.sums.update(evidence.sums)
+            self._window.results[name] = result
+        else:
+            self._note(SickStep(self.step, name, applied_steps, evidence, result, self._health[name]))
+
+    def _accumulate(self, name: str, evidence: Evidence) -> None:
+        """All micro-steps of a trainable, up to the one for which some rank lacks memory."""
+        last = self.settings.grad_accum_steps - 1
+        try:
+            for micro_step in range(last + 1):
+                loss = self._forward(name, micro_step, evidence)
+                losses = loss.losses
+                if micro_step == last:
+                    losses = losses * evidence.loss.verdict(evidence.limit)
+                self._beat("backward", self.step, micro_step)
+                self.engines[name].backward(losses, loss.weights)
+        except StepLost as lost:
+            evidence.lost = str(lost)
+
+    def _forward(self, name: str, micro_step: int, evidence: Evidence) -> LossOutput:
+        """Read a micro-batch and run the forward; no rank goes on into the backward, in which all wait, alone."""
+        batch, loss, error = None, None, None
+        try:
+            batch = self._batch(micro_step)
+            self._seed_torch(micro_step)
+            self._beat("forward", self.step, micro_step)
+            loss = self.task.loss(name, batch, self.step)
+        except Exception as raised:
+            error = for_keeps(raised)
+        self._beat("agree", self.step, micro_step)
+        agree(error)
+        assert batch is not None and loss is not None, "no rank has an error"
+        evidence.add(name, batch, loss)
+        return loss
+
+    def _batch(self, micro_step: int) -> Batch:
+        """A micro-batch of this step, read once; what a thrown-away step left unread is passed over."""
         started = time.perf_counter()
-        batches = []
-        for micro_step in range(self.settings.grad_accum_steps):
+        while len(self._read) <= micro_step:
             self._beat("data", self.step, micro_step)
-            step, micro, batch = next(self._batches)
-            assert (step, micro) == (self.step, micro_step), "the loader and the loop count alike"
-            batches.append(batch.to(distributed.device()))
+            step, micro, batch = self._next()
             self._samples_read += len(batch)
             self.tombstones += batch.errors
+            if step == self.step:
+                assert micro == len(self._read), "the loader and the loop count alike"
+                self._read.append(batch)
         self._window.data_wait_seconds += time.perf_counter() - started
-        return batches
+        return self._read[micro_step].to(distributed.device())
 
-    def _refuse_too_many_tombstones(self) -> None:
-        """Stop on all ranks together when one rank could not read more samples than the config allows."""
-        allowed = max(1.0, self.settings.max_bad_fraction * self._samples_read)
-        bad = int(distributed.max_over_ranks(len(self.tombstones)))
-        if bad > allowed:
-            listed = "\n  ".join(map(str, self.tombstones[:20])) or "(all on other ranks)"
+    def _next(self) -> tuple[int, int, Batch]:
+        try:
+            return next(self._batches)
+        except MemoryError as error:  # unlike a forward without memory this cannot be passed over: the reader is dead
             raise DataError(
-                f"{bad} of {self._samples_read} samples of one rank could not be read; data.max_bad_fraction = "
-                f"{self.settings.max_bad_fraction:g} allows {int(allowed)}. The first ones of this rank:\n  {listed}\n"
-                "Repair the shards or raise data.max_bad_fraction."
-            )
-
-    def _update(self, name: str, batches: Sequence[Batch]) -> StepResult:
-        """Accumulate one step's micro-batches and step one trainable."""
-        engine = self.engines[name]
-        engine.module.train()
-        learning_rate = self._learning_rate(name, engine.applied_steps)
-        result = None
-        with engine.alone([other for other in self.engines.values() if other is not engine]):
-            for micro_step, batch in enumerate(batches):
-                self._seed_torch(micro_step)
-                self._beat("forward", self.step, micro_step)
-                loss = self.task.loss(name, batch, self.step)
-                self._window.add(f"{name}/loss", loss.losses, loss.weights)
-                for metric, values in loss.metrics.items():
-                    self._window.add(f"{name}/{metric}", values, loss.weights)
-                self._beat("backward", self.step, micro_step)
-                engine.backward(loss.losses, loss.weights)
-                self._beat("step", self.step, micro_step)
-                result = engine.step(learning_rate)
-        assert result is not None, "the last micro-step is the accumulation boundary"
-        return result
+                f"host memory was not enough to read samples: {error}. Lower data.num_workers or data.prefetch."
+            ) from error
 
     def _seed_torch(self, micro_step: int) -> None:
         """What torch draws inside a network (dropout) depends on (seed, step, micro-step, rank) alone."""
@@ -214,20 +215,38 @@ class Trainer:
         stream = f"torch/rank{distributed.ranks().rank}"
         torch.manual_seed(int(philox_bits(self.settings.seed, stream, position, 1)[0] >> 1))
 
-    def _watch(self, name: str, result: StepResult) -> None:
-        """Count updates that DeepSpeed skipped on all ranks together; too many in a row of one trainable: diverged."""
-        if result.applied:
-            self._skipped_in_a_row[name] = 0
-            self._window.results[name] = result
-            return
-        self._window.skipped += 1
-        self._skipped_in_a_row[name] += 1
-        if self._skipped_in_a_row[name] >= self.settings.max_skipped_in_a_row:
+    # Sickness ---------------------------------------------------------------------------------------------------------
+
+    def _note(self, sick: SickStep) -> None:
+        """Take back what a thrown-away step left beside the weights, and write down what it was."""
+        cause = sick.evidence.cause
+        for name, engine in self.engines.items():
+            engine.rewind(keeps_scale=name != sick.trainable or cause is Cause.GRADIENTS)
+        self._window.skipped[cause] += 1
+        self._last_record = self._on_sick(sick)
+        sick.health.skipped(sick.step, cause)
+
+    def _go_back(self) -> None:
+        """Go on from an older checkpoint, without the samples since; or give up."""
+        name, health = next((name, health) for name, health in self._health.items() if health.is_sick)
+        may_go_back = self._rollbacks < self.settings.health.max_rollbacks
+        restart = None
+        if may_go_back:
+            self._beat("rollback", self.step, 0)
+            restart = self._roll_back(health.first_sick_step, self.step, f"{name}: {health.story}")
+        if restart is None:
+            why = "no checkpoint is older than that" if may_go_back else f"{self._rollbacks} rollbacks did not help"
             raise DivergedError(
-                f"{name}: gradients were not finite for {self._skipped_in_a_row[name]} updates in a row, the last one "
-                f"at step {self.step}. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or resume from "
-                "an older checkpoint."
+                f"{name}: {health.story}, the last one in step {self.step - 1}, and {why}. What went into it: "
+                f"{self._last_record}. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps or look at these "
+                "samples, then resume from an older checkpoint; where memory is short, lower data.micro_batch_size."
             )
+        self.step, self._batches = restart.step, restart.batches
+        self._health = {name: Health(self.settings.health) for name in self.engines}
+        self._window = Window()
+        self._rollbacks += 1
+
+    # Between steps ----------------------------------------------------------------------------------------------------
 
     def _run(self, action: Event) -> None:
         """Run an event without counting its time as training time."""
@@ -243,11 +262,25 @@ class Trainer:
             Report(
                 step=self.step,
                 samples_seen=self.step * self.settings.batch_size,
-                means=window.means(),
+                means=window.sums.means(),
                 results=window.results,
                 seconds=time.perf_counter() - window.started,
                 data_wait_seconds=window.data_wait_seconds,
                 images=window.steps * self.settings.batch_size,
-                skipped=window.skipped,
+                skipped=window.skipped.total(),
+                causes=dict(window.skipped),
+                rollbacks=self._rollbacks,
             )
         )
+
+    def _refuse_too_many_tombstones(self) -> None:
+        """Stop on all ranks together when one rank could not read more samples than the config allows."""
+        allowed = max(1.0, self.settings.max_bad_fraction * self._samples_read)
+        bad = int(distributed.max_over_ranks(len(self.tombstones)))
+        if bad > allowed:
+            listed = "\n  ".join(map(str, self.tombstones[:20])) or "(all on other ranks)"
+            raise DataError(
+                f"{bad} of {self._samples_read} samples of one rank could not be read; data.max_bad_fraction = "
+                f"{self.settings.max_bad_fraction:g} allows {int(allowed)}. The first ones of this rank:\n  {listed}\n"
+                "Repair the shards or raise data.max_bad_fraction."
+            )

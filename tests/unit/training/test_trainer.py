@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,34 +12,40 @@ import torch
 from torch import Tensor
 
 from sdtrain import distributed
-from sdtrain.errors import DataError, DivergedError, ExitCode
+from sdtrain.errors import DataError, DivergedError, ExitCode, PeerLostError
 from sdtrain.records import Batch, DrawSpec, LossOutput, Tombstone, Trainable
 from sdtrain.training import trainer as trainer_module
-from sdtrain.training.trainer import Periodic, Report, Trainer, TrainerSettings, Window
+from sdtrain.training.forensics import SickStep
+from sdtrain.training.health import Cause, HealthSettings
+from sdtrain.training.rollback import Restart
+from sdtrain.training.trainer import Periodic, Report, Trainer, TrainerSettings
+from sdtrain.training.window import Sums, Window
 from tests.engines import PlainEngine
 
 MICRO = 2
 
 
 class CountingTask:
-    """Loss of a sample: its position. `draws_seen` holds what torch draws inside each loss."""
+    """Loss of a sample: its position, or what `change` makes of it. `draws_seen` holds what torch draws inside."""
 
     def __init__(
         self,
         active: Callable[[str, int], bool] = lambda name, step: True,
         on_loss: Callable[[], object] = lambda: None,
+        change: Callable[[int, Tensor], Tensor] = lambda step, losses: losses,
     ) -> None:
         self.trainables: dict[str, Trainable] = {}
         self.frozen: dict[str, torch.nn.Module] = {}
         self.draws = DrawSpec()
         self.is_active = active
         self.on_loss = on_loss
+        self.change = change
         self.draws_seen: list[tuple[int, float]] = []
 
     def loss(self, name: str, batch: Batch, step: int) -> LossOutput:
         self.on_loss()
         self.draws_seen.append((step, float(torch.rand(()))))
-        values = batch.positions.float()
+        values = self.change(step, batch.positions.float())
         return LossOutput(losses=values, weights=batch.weights, metrics={"double": 2 * values})
 
     def validate(self, batch: Batch) -> dict[str, Tensor]:
@@ -194,8 +202,7 @@ def test_only_applied_steps_move_the_learning_rate() -> None:
 
 def test_windows_are_means_over_their_own_samples() -> None:
     reports: list[Report] = []
-    make({"denoiser": PlainEngine(skips=[1, 4])}, max_steps=5, accumulation=2, on_report=reports.append).fit()
-    # PlainEngine(accumulation=1) updates at every micro-step: call 1 is step 0, call 4 is step 2
+    make({"denoiser": PlainEngine(accumulation=2)}, max_steps=5, accumulation=2, on_report=reports.append).fit()
     assert [report.step for report in reports] == [2, 4, 5]
     assert [report.means["denoiser/loss"] for report in reports] == [3.5, 11.5, 17.5]
     assert [report.means["denoiser/double"] for report in reports] == [7.0, 23.0, 35.0]
@@ -207,31 +214,33 @@ def test_skipped_steps_are_counted_per_window_and_leave_the_last_applied_result(
     reports: list[Report] = []
     make({"denoiser": PlainEngine(skips=[1, 2])}, max_steps=4, on_report=reports.append).fit()
     assert [report.skipped for report in reports] == [1, 1]
+    assert [report.causes for report in reports] == [{"gradients not finite": 1}] * 2
+    assert [report.means["denoiser/loss"] for report in reports] == [0.5, 6.5], "what was thrown away does not count"
     assert [report.results["denoiser"].applied for report in reports] == [True, True]
 
 
 def test_tombstones_do_not_count_whatever_their_zeros_give() -> None:
-    window = Window()
-    window.add("loss", torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([1.0, 0.0, 1.0]))
-    window.add("loss", torch.tensor([8.0]), torch.tensor([1.0]))
-    assert window.means() == {"loss": 4.0}
+    sums = Sums()
+    sums.add("loss", torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([1.0, 0.0, 1.0]))
+    sums.add("loss", torch.tensor([8.0]), torch.tensor([1.0]))
+    assert sums.means() == {"loss": 4.0}
 
 
 def test_a_window_of_tombstones_alone_has_a_mean_of_zero() -> None:
-    window = Window()
-    window.add("loss", torch.tensor([float("nan")]), torch.tensor([0.0]))
-    assert window.means() == {"loss": 0.0}
+    sums = Sums()
+    sums.add("loss", torch.tensor([float("nan")]), torch.tensor([0.0]))
+    assert sums.means() == {"loss": 0.0}
 
 
 def test_window_means_are_over_the_samples_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = Window()
+    other = Sums()
     other.add("a", torch.tensor([10.0]), torch.ones(1))
     other.add("b", torch.tensor([1.0]), torch.ones(1))
     gathered: list[list[float]] = []
     monkeypatch.setattr(distributed, "gather_objects", lambda item: gathered.append(item) or [item])
     other.means()
     monkeypatch.setattr(distributed, "gather_objects", lambda item: [item, gathered[0]])
-    mine = Window()
+    mine = Sums()
     mine.add("b", torch.tensor([2.0, 3.0]), torch.ones(2))
     mine.add("a", torch.tensor([1.0, 2.0, 3.0]), torch.ones(3))
     assert mine.means() == {"a": 4.0, "b": 2.0}
@@ -266,7 +275,8 @@ def test_events_do_not_count_as_training_time(monkeypatch: pytest.MonkeyPatch) -
 def test_what_torch_draws_depends_on_seed_step_and_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def draws(start: int, **settings: Any) -> list[tuple[int, float]]:
         task = CountingTask()
-        make({"denoiser": PlainEngine()}, start=start, max_steps=3, accumulation=2, task=task, settings=settings).fit()
+        engine = PlainEngine(accumulation=2)
+        make({"denoiser": engine}, start=start, max_steps=3, accumulation=2, task=task, settings=settings).fit()
         return task.draws_seen
 
     whole = draws(0)
@@ -280,26 +290,215 @@ def test_what_torch_draws_depends_on_seed_step_and_rank_alone(monkeypatch: pytes
 # When it gives up -----------------------------------------------------------------------------------------------------
 
 
-def test_a_permanent_nan_is_a_divergence() -> None:
+def few(**limits: Any) -> dict[str, Any]:
+    return {"health": HealthSettings(**({"max_skipped_in_a_row": 3} | limits))}
+
+
+def test_gradients_that_stay_sick_are_a_divergence() -> None:
     engine = PlainEngine(skips=range(2, 100))
     with pytest.raises(DivergedError) as raised:
-        make({"denoiser": engine}, max_steps=50, settings={"max_skipped_in_a_row": 3}).fit()
+        make({"denoiser": engine}, max_steps=50, settings=few(), on_sick=lambda sick: Path("sick/it.json")).fit()
     assert raised.value.exit_code == ExitCode.DIVERGED == 5
     assert str(raised.value) == (
-        "denoiser: gradients were not finite for 3 updates in a row, the last one at step 4. "
-        "Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or resume from an older checkpoint."
+        "denoiser: 3 updates in a row were thrown away (3 x gradients not finite), the last one in step 4, and no "
+        "checkpoint is older than that. What went into it: sick/it.json. Lower optimizer.learning_rate, lengthen "
+        "optimizer.warmup_steps or look at these samples, then resume from an older checkpoint; where memory is short, "
+        "lower data.micro_batch_size."
     )
 
 
 def test_skips_between_applied_steps_are_no_divergence() -> None:
     engine = PlainEngine(skips=[0, 1, 3, 4, 6, 7])
-    assert make({"denoiser": engine}, max_steps=9, settings={"max_skipped_in_a_row": 3}).fit() is True
+    assert make({"denoiser": engine}, max_steps=9, settings=few()).fit() is True
+
+
+def test_too_many_skips_within_the_window_are_a_divergence_in_a_row_or_not() -> None:
+    settings = few(max_skipped_in_window=4, window_steps=9)
+    told = r"^denoiser: 4 updates within 9 steps were thrown away \(4 x gradients not finite\), the last one in step 8,"
+    with pytest.raises(DivergedError, match=told):
+        make({"denoiser": PlainEngine(skips=[0, 2, 5, 8])}, max_steps=50, settings=settings).fit()
+    assert make({"denoiser": PlainEngine(skips=[0, 2, 5, 9])}, max_steps=50, settings=settings).fit() is True
 
 
 def test_a_healthy_trainable_does_not_hide_a_diverged_one() -> None:
     engines = {"generator": PlainEngine(name="generator"), "judge": PlainEngine(name="judge", skips=range(100))}
-    with pytest.raises(DivergedError, match=r"^judge: gradients were not finite for 3 updates in a row"):
-        make(engines, max_steps=50, settings={"max_skipped_in_a_row": 3}).fit()
+    with pytest.raises(DivergedError, match=r"^judge: 3 updates in a row were thrown away"):
+        make(engines, max_steps=50, settings=few()).fit()
+
+
+# Sick steps -----------------------------------------------------------------------------------------------------------
+
+
+def spoilt(steps: Sequence[int], factor: float) -> CountingTask:
+    return CountingTask(change=lambda step, losses: (losses + 1) * (factor if step in steps else 1.0))
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_is_thrown_away(factor: float) -> None:
+    engine, seen = PlainEngine(), list[SickStep]()
+    make({"denoiser": engine}, task=spoilt([2], factor), on_sick=lambda sick: seen.append(sick)).fit()
+    assert engine.applied_steps == 3
+    assert [(sick.step, sick.applied_steps, sick.evidence.cause) for sick in seen] == [(2, 2, Cause.LOSS)]
+    assert ("rewind", "denoiser", False) in engine.log, "the loss scale has nothing to do with it"
+
+
+def test_overflowing_gradients_keep_the_lowered_loss_scale() -> None:
+    engines = {name: PlainEngine(name=name, log=[]) for name in ("generator", "judge")}
+    engines["judge"]._skips = {1}
+    make(engines).fit()
+    assert ("rewind", "judge", True) in engines["judge"].log
+    assert ("rewind", "generator", True) in engines["generator"].log
+
+
+def test_a_spike_is_thrown_away_and_does_not_raise_the_limit() -> None:
+    engine, seen = PlainEngine(), list[SickStep]()
+    settings = {"health": HealthSettings(spike_window_steps=8)}
+    task = CountingTask(change=lambda step, losses: torch.full_like(losses, 5.0 if step in (6, 7, 9) else 1.0))
+    make({"denoiser": engine}, max_steps=12, task=task, settings=settings, on_sick=lambda sick: seen.append(sick)).fit()
+    assert [(sick.step, sick.evidence.cause) for sick in seen] == [(step, Cause.SPIKE) for step in (6, 7, 9)]
+    assert engine.applied_steps == 9
+    assert list(seen[-1].health.history.losses) == [1.0] * 8
+
+
+def test_a_forward_without_memory_is_thrown_away_with_what_was_accumulated() -> None:
+    log: list[Any] = []
+    engine, calls = PlainEngine(accumulation=3, log=log), iter(range(100))
+
+    def starve() -> None:
+        if next(calls) == 4:  # step 1, micro-step 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    seen: list[SickStep] = []
+    task = CountingTask(on_loss=starve)
+    make({"denoiser": engine}, accumulation=3, task=task, max_steps=3, on_sick=lambda sick: seen.append(sick)).fit()
+    assert [row[0] for row in log if row[0] != "alone"] == [
+        *["backward"] * 3, "step", "backward", "discard", "step", "rewind", *["backward"] * 3, "step",
+    ]  # fmt: skip
+    (sick,) = seen
+    assert (sick.evidence.cause, sick.step) == (Cause.OUT_OF_MEMORY, 1)
+    assert sick.evidence.lost == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert [micro.batch.keys for micro in sick.evidence.micro_steps] == [("6", "7")]
+    assert engine.applied_steps == 2
+
+
+def test_a_backward_without_memory_is_thrown_away_where_the_engine_can() -> None:
+    engine, seen = PlainEngine(accumulation=2, loses=[2]), list[SickStep]()
+    make({"denoiser": engine}, accumulation=2, on_sick=lambda sick: seen.append(sick)).fit()
+    assert [(sick.step, sick.evidence.cause, sick.evidence.lost) for sick in seen] == [
+        (1, Cause.OUT_OF_MEMORY, "MemoryError: too little")
+    ]
+    assert engine.applied_steps == 3
+
+
+def test_all_ranks_throw_away_what_one_of_them_lacks_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = iter(range(100))
+
+    def peer_starves(value: float) -> float:
+        return 1.0 if isinstance(value, IntEnum) and next(asked) == 2 else value
+
+    monkeypatch.setattr(distributed, "max_over_ranks", peer_starves)
+    engine, seen = PlainEngine(), list[SickStep]()
+    make({"denoiser": engine}, on_sick=lambda sick: seen.append(sick)).fit()
+    assert [(sick.step, sick.evidence.cause, sick.evidence.lost) for sick in seen] == [(2, Cause.OUT_OF_MEMORY, "")]
+
+
+def test_the_second_trainable_reads_what_the_first_had_no_memory_for() -> None:
+    engines = {
+        name: PlainEngine(name=name, accumulation=3, loses=[3] if name == "first" else [])
+        for name in ("first", "second")
+    }
+    reports: list[Report] = []
+    make(engines, accumulation=3, max_steps=2, on_report=reports.append).fit()
+    assert [engine.applied_steps for engine in engines.values()] == [1, 2]
+    assert reports[0].means["second/loss"] == 5.5, "twelve samples, each once"
+
+
+def test_an_error_of_this_rank_is_told_before_it_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(distributed, "gather_objects", lambda item: told.append(item) or [item])
+
+    def fail() -> None:
+        raise DataError("field 'tokens' is missing")
+
+    with pytest.raises(DataError, match=r"^field 'tokens' is missing$"):
+        make({"denoiser": PlainEngine()}, task=CountingTask(on_loss=fail)).fit()
+    assert told == ["DataError: field 'tokens' is missing"]
+
+
+def test_an_error_of_another_rank_ends_this_one_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda value: 2.0)
+    monkeypatch.setattr(distributed, "gather_objects", lambda item: [item, "DataError: torn"])
+    engine = PlainEngine()
+    with pytest.raises(PeerLostError, match=r"^rank 1 failed and ends the run: DataError: torn$"):
+        make({"denoiser": engine}).fit()
+    assert not any(row[0] == "backward" for row in engine.log), "no rank enters a backward that not all will enter"
+
+
+def test_an_error_while_reading_is_told_like_any_other() -> None:
+    def broken() -> Iterator[tuple[int, int, Batch]]:
+        yield 0, 0, micro_batch(0)
+        raise DataError("shard 7 is torn")
+
+    with pytest.raises(DataError, match=r"^shard 7 is torn$"):
+        make({"denoiser": PlainEngine()}, stream=broken()).fit()
+
+
+def test_a_reader_without_memory_is_no_sick_step() -> None:
+    def starved() -> Iterator[tuple[int, int, Batch]]:
+        yield 0, 0, micro_batch(0)
+        raise MemoryError("cannot allocate 3 GiB")
+
+    with pytest.raises(DataError) as raised:
+        make({"denoiser": PlainEngine()}, stream=starved()).fit()
+    assert str(raised.value) == (
+        "host memory was not enough to read samples: cannot allocate 3 GiB. Lower data.num_workers or data.prefetch."
+    )
+
+
+# The way back ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_sick_run_goes_on_from_where_it_is_told() -> None:
+    reports: list[Report] = []
+    asked: list[tuple[int, int, str]] = []
+
+    def roll_back(first_sick_step: int, finished_steps: int, story: str) -> Restart:
+        asked.append((first_sick_step, finished_steps, story))
+        return Restart(2, ((step, 0, micro_batch((step + 5) * MICRO)) for step in range(2, 100)))
+
+    engine = PlainEngine(skips=[4, 5, 6])
+    events: list[int] = []
+    trainer = make(
+        {"denoiser": engine},
+        max_steps=8,
+        settings=few() | {"log_every_steps": 4},
+        roll_back=roll_back,
+        on_report=reports.append,
+        events=[Periodic(1, events.append)],
+    )
+    assert trainer.fit() is True
+    assert asked == [(4, 7, "denoiser: 3 updates in a row were thrown away (3 x gradients not finite)")]
+    assert events == [1, 2, 3, 4, 5, 6, 3, 4, 5, 6, 7, 8], "step 7 of the sick run has no events"
+    assert [(report.step, report.rollbacks) for report in reports] == [(4, 0), (4, 1), (8, 1)]
+    assert reports[1].means["denoiser/loss"] == 15.5, "positions 14 to 17"
+    assert reports[1].skipped == 0
+
+
+def test_rollbacks_that_do_not_help_end_the_run() -> None:
+    def roll_back(first_sick_step: int, finished_steps: int, story: str) -> Restart:
+        return Restart(2, batches(2, 1))
+
+    engine = PlainEngine(skips=range(4, 100))
+    with pytest.raises(DivergedError, match=r"in step 4, and 2 rollbacks did not help\. What went into it: None\."):
+        make({"denoiser": engine}, max_steps=50, settings=few(), roll_back=roll_back).fit()
+
+
+def test_without_rollbacks_nothing_is_asked() -> None:
+    with pytest.raises(DivergedError, match="and 0 rollbacks did not help"):
+        make({"denoiser": PlainEngine(skips=range(9))}, settings=few(max_rollbacks=0), roll_back=None).fit()
+
+
+# Samples that cannot be read ------------------------------------------------------------------------------------------
 
 
 def test_too_many_unreadable_samples_end_the_run_by_name() -> None:
@@ -329,6 +528,8 @@ def test_a_single_unreadable_sample_never_ends_a_run() -> None:
 
 
 def test_all_ranks_stop_for_one_rank_s_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "max_over_ranks", lambda value: max(value, 3.0))
+    monkeypatch.setattr(
+        distributed, "max_over_ranks", lambda value: value if isinstance(value, IntEnum) else max(value, 3.0)
+    )
     with pytest.raises(DataError, match=r"^3 of 4 samples .* allows 1\. .*\n  \(all on other ranks\)\n"):
         make({"denoiser": PlainEngine()}).fit()
