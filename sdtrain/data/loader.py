@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from sdtrain.data.dataset import Sample, ShardDataset
 from sdtrain.data.plan import rank_slice
-from sdtrain.errors import ConfigError
+from sdtrain.errors import ConfigError, SdtrainError
 from sdtrain.records import Batch
 
 
@@ -66,6 +67,16 @@ def _start_worker(_: int) -> None:
         signal.signal(ignored, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_leave_with_parent, daemon=True, name="leave-with-parent").start()
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A worker's error as the worker raised it: torch puts a traceback into the text of what it passes on."""
+    try:
+        yield
+    except SdtrainError as error:
+        name = f"{type(error).__module__}.{type(error).__qualname__}: "
+        raise type(error)(str(error).rpartition(name)[2].rstrip()) from error
 
 
 class _Positions(Iterable[list[int]]):
@@ -152,8 +163,9 @@ def train_loader(
     loader = _data_loader(dataset, plan, num_workers=num_workers, prefetch=prefetch, persistent=False)
 
     def batches() -> Generator[tuple[int, int, Batch]]:
-        for (step, micro), plain in zip(places(), loader, strict=True):
-            yield step, micro, _as_batch(plain)
+        with _plain_errors():
+            for (step, micro), plain in zip(places(), loader, strict=True):
+                yield step, micro, _as_batch(plain)
 
     return batches()
 
