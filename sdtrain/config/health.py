@@ -15,7 +15,8 @@ class HealthConfig(Section):
     """Steps whose loss or gradients are not finite are thrown away on all ranks, and so are spikes of the loss.
 
     Each leaves a file in the run folder, `sick/step-N.json`. A run that throws too many away goes back to the newest
-    checkpoint from before them and leaves out all samples up to where it was; if that does not help it stops (code 5).
+    checkpoint from before them (the oldest one, if all are younger) and leaves out all samples up to where it was; if
+    that does not help it stops (code 5).
 
     Attributes:
         max_skipped_in_a_row: So many updates of one trainable thrown away in a row are too many.

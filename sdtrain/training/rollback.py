@@ -49,9 +49,10 @@ class Rollback:
     on_restart: Callable[[int], None]
 
     def __call__(self, first_sick_step: int, finished_steps: int, story: str) -> Restart | None:
-        """Go back to the newest checkpoint that verifies and is not younger than the sickness.
+        """Go back to the newest checkpoint that is not younger than the sickness, or to the oldest one that is kept.
 
-        The samples between it and `finished_steps` are left out: the first sick step only shows when the trouble was
+        The latter lost its elders to retention while steps were thrown away, which changed no weights. The samples
+        between the checkpoint and `finished_steps` are left out: the first sick step only shows when the trouble was
         noticed, and the same samples in the same order would lead to the same place.
 
         Args:
@@ -60,14 +61,14 @@ class Rollback:
             story: What happened, for the ledger.
 
         Returns:
-            Where the loop goes on; None where there is no such checkpoint.
+            Where the loop goes on; None where no checkpoint verifies.
 
         Raises:
             StorageError: Younger checkpoints cannot be set aside.
         """
         keeper = self.keeper
         keeper.join()
-        checkpoint = self._newest_good(first_sick_step)
+        checkpoint = self._choose(first_sick_step)
         if checkpoint is None:
             return None
         reached = keeper.positions.at(finished_steps)
@@ -83,14 +84,14 @@ class Rollback:
         self.on_restart(checkpoint.step)
         return Restart(checkpoint.step, self.batches_after(checkpoint.step))
 
-    def _newest_good(self, first_sick_step: int) -> Checkpoint | None:
+    def _choose(self, first_sick_step: int) -> Checkpoint | None:
         listed: list[Checkpoint] = []
         if distributed.ranks().is_main:
             listed = list_checkpoints(self.keeper.run.checkpoints)
-        for checkpoint in distributed.broadcast_object(listed):
-            if checkpoint.step <= first_sick_step and not verify_together(checkpoint):
-                return checkpoint
-        return None
+        listed = distributed.broadcast_object(listed)  # newest first
+        elder = [checkpoint for checkpoint in listed if checkpoint.step <= first_sick_step]
+        younger = [checkpoint for checkpoint in reversed(listed) if checkpoint.step > first_sick_step]
+        return next((checkpoint for checkpoint in [*elder, *younger] if not verify_together(checkpoint)), None)
 
     def _set_aside(self, checkpoint: Checkpoint) -> None:
         """Give younger checkpoints other names, or the next start would resume from the sickness they hold."""

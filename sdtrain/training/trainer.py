@@ -235,7 +235,7 @@ class Trainer:
             self._beat("rollback", self.step, 0)
             restart = self._roll_back(health.first_sick_step, self.step, f"{name}: {health.story}")
         if restart is None:
-            why = "no checkpoint is older than that" if may_go_back else f"{self._rollbacks} rollbacks did not help"
+            why = "there is no checkpoint to go back to" if may_go_back else f"{self._rollbacks} rollbacks did not help"
             raise DivergedError(
                 f"{name}: {health.story}, the last one in step {self.step - 1}, and {why}. What went into it: "
                 f"{self._last_record}. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps or look at these "

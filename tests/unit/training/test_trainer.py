@@ -300,8 +300,8 @@ def test_gradients_that_stay_sick_are_a_divergence() -> None:
         make({"denoiser": engine}, max_steps=50, settings=few(), on_sick=lambda sick: Path("sick/it.json")).fit()
     assert raised.value.exit_code == ExitCode.DIVERGED == 5
     assert str(raised.value) == (
-        "denoiser: 3 updates in a row were thrown away (3 x gradients not finite), the last one in step 4, and no "
-        "checkpoint is older than that. What went into it: sick/it.json. Lower optimizer.learning_rate, lengthen "
+        "denoiser: 3 updates in a row were thrown away (3 x gradients not finite), the last one in step 4, and there "
+        "is no checkpoint to go back to. What went into it: sick/it.json. Lower optimizer.learning_rate, lengthen "
         "optimizer.warmup_steps or look at these samples, then resume from an older checkpoint; where memory is short, "
         "lower data.micro_batch_size."
     )
