@@ -32,6 +32,7 @@ from sdtrain.nn.folders import load_strictly, read_folder
 
 MODEL_INDEX = "model_index.json"
 FACTS = "sdtrain.json"
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _AUTOENCODER_PARTS = ("vae", "vqvae")  # StableDiffusionPipeline's name, LDMPipeline's name
 
 
@@ -215,6 +216,8 @@ def read_process(path: Path) -> DiffusionProcess:
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     total = config.get("num_train_timesteps", 1000)
+    if config.get("_class_name") == FLOW_SCHEDULER:
+        return DiffusionProcess(num_train_timesteps=total, prediction_type="flow", shift=config.get("shift", 1.0))
     schedule = config.get("beta_schedule", "linear")
     trained = config.get("trained_betas")
     if trained is not None:

@@ -30,7 +30,7 @@ class SamplingConfig(Section):
         run: A run folder, a checkpoint folder or an exported pipeline.
         prompts: One picture or more per prompt; or give prompts_file.
         prompts_file: A text file with one prompt per line; or give prompts.
-        sampler: `ddim`, or `ddpm` (ancestral).
+        sampler: `ddim`, `ddpm` (ancestral) or `euler`, made for a flow; without eta `ddim` takes the same steps.
         num_steps: Denoising steps.
         eta: Share of fresh noise in DDIM; 0 is deterministic.
         guidance_scale: Strength of classifier-free guidance; 1.0 is off.
@@ -47,7 +47,7 @@ class SamplingConfig(Section):
     run: Path
     prompts: tuple[NonEmptyStr, ...] | None = None
     prompts_file: Path | None = None
-    sampler: Literal["ddim", "ddpm"] = "ddim"
+    sampler: Literal["ddim", "ddpm", "euler"] = "ddim"
     num_steps: PositiveInt = 30
     eta: Fraction = 0.0
     guidance_scale: NonNegativeFloat = 7.5

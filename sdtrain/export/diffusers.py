@@ -22,6 +22,7 @@ from sdtrain.autoencoders.load import save_autoencoder
 from sdtrain.checkpoints.manifest import Checkpoint
 from sdtrain.checkpoints.pipelines import (
     FACTS,
+    FLOW_SCHEDULER,
     MODEL_INDEX,
     LoadedPipeline,
     fill,
@@ -38,6 +39,7 @@ from sdtrain.diffusion.process import DiffusionProcess
 from sdtrain.errors import ConfigError
 from sdtrain.nn.folders import write_folder
 from sdtrain.run_dir import sync_folder, write_atomically
+from sdtrain.samplers.steps import spacing_of
 from sdtrain.tasks.autoencoding import latent_statistics
 from sdtrain.tasks.parts import to_images
 
@@ -122,13 +124,14 @@ def _write_pipeline(pipeline: LoadedPipeline, folder: Path, dtype: torch.dtype) 
     if isinstance(pipeline.conditioner, ClipTextConditioner) and pipeline.tokenizer is not None:
         pipeline.conditioner.save_pretrained(folder / "text_encoder")
         save_tokenizer(pipeline.tokenizer, folder / "tokenizer")
-    write_atomically(folder / "scheduler" / "scheduler_config.json", _json(scheduler_config(pipeline.process)))
+    scheduler = scheduler_config(pipeline.process)
+    write_atomically(folder / "scheduler" / "scheduler_config.json", _json(scheduler))
     classes = {"unet": unet_config["_class_name"], autoencoder_part: vae_config["_class_name"]}
-    write_atomically(folder / MODEL_INDEX, _json(_model_index(classes, is_text)))
+    write_atomically(folder / MODEL_INDEX, _json(_model_index(classes, scheduler["_class_name"], is_text)))
     return facts
 
 
-def _model_index(classes: dict[str, str], is_text: bool) -> dict[str, Any]:
+def _model_index(classes: dict[str, str], scheduler: str, is_text: bool) -> dict[str, Any]:
     """Which library and class opens which part."""
 
     def place(name: str) -> list[str]:
@@ -138,7 +141,7 @@ def _model_index(classes: dict[str, str], is_text: bool) -> dict[str, Any]:
         "_class_name": "StableDiffusionPipeline" if is_text else "LDMPipeline",
         "_diffusers_version": LAYOUT_VERSION,
         **{part: place(name) for part, name in classes.items()},
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", scheduler],
     }
     if is_text:
         index |= {
@@ -153,10 +156,19 @@ def _model_index(classes: dict[str, str], is_text: bool) -> dict[str, Any]:
 
 
 def scheduler_config(process: DiffusionProcess) -> dict[str, Any]:
-    """DDIMScheduler's config for our process and our sampler's defaults.
+    """The config of diffusers' scheduler for our process and our sampler's defaults.
 
+    A flow is sampled by FlowMatchEulerDiscreteScheduler. It tells a denoiser T * t where ours is told T * t - 1, and
+    diffusers has no text-to-image pipeline of a flow around this kind of network: sdtrain alone samples it exactly.
     The cosine schedule is written as a list: diffusers' own caps its last beta elsewhere.
     """
+    if process.prediction_type == "flow":
+        return {
+            "_class_name": FLOW_SCHEDULER,
+            "_diffusers_version": LAYOUT_VERSION,
+            "num_train_timesteps": process.num_train_timesteps,
+            "shift": process.shift,
+        }
     is_cosine = process.beta_schedule == "cosine"
     return {
         "_class_name": "DDIMScheduler",
@@ -171,7 +183,7 @@ def scheduler_config(process: DiffusionProcess) -> dict[str, Any]:
         "clip_sample": False,  # latents are not pixels
         "set_alpha_to_one": False,
         "steps_offset": 1,
-        "timestep_spacing": "leading",
+        "timestep_spacing": spacing_of(process),
     }
 
 

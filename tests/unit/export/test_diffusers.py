@@ -39,7 +39,7 @@ autoencoder: {{type: kl, scaling_factor: 0.5, arch: {{latent_channels: 4, channe
 denoiser: {{type: unet, arch: {{in_channels: 4, out_channels: 4, channels: [16, 32], down_blocks: {blocks},
   layers_per_block: 1, num_heads: 2, context_dim: {context}, norm_groups: 8, mid_block: {mid}}}}}
 conditioner: {conditioner}
-process: {{beta_schedule: {schedule}, prediction_type: epsilon}}
+process: {process}
 optimizer: {{learning_rate: 1.0e-3, lr_schedule: constant}}
 trainer: {{max_steps: 4, precision: fp32}}
 """
@@ -99,13 +99,15 @@ def randomise(module: nn.Module, seed: int) -> nn.Module:
     return module
 
 
-def page(tmp_path: Path, *, trainable: bool = True, text: bool = True, schedule: str = "scaled_linear") -> str:
+def page(
+    tmp_path: Path, *, trainable: bool = True, text: bool = True, schedule: str = "scaled_linear", process: str = ""
+) -> str:
     manifest = tmp_path / "data" / "manifest.json"
     if not manifest.exists():
         shards(tmp_path / "data")
     return LATENT_DIFFUSION.format(
         manifest=manifest,
-        schedule=schedule,
+        process=process or f"{{beta_schedule: {schedule}, prediction_type: epsilon}}",
         blocks="[cross, plain]" if text else "[self, plain]",
         context=16 if text else "null",
         mid="cross" if text else "self",
@@ -416,5 +418,15 @@ def test_the_scheduler_config_is_the_process(tmp_path, zero_terminal_snr):
     )
     config = scheduler_config(process)
     assert (config["steps_offset"], config["clip_sample"], config["set_alpha_to_one"]) == (1, False, False)
+    assert config["timestep_spacing"] == ("trailing" if zero_terminal_snr else "leading")
     (tmp_path / "c.json").write_text(json.dumps(config))
     assert read_process(tmp_path / "c.json") == process
+
+
+def test_a_flow_comes_back(tmp_path):
+    run = run_of(tmp_path, process="{prediction_type: flow, shift: 3.0}")
+    output = export(run, tmp_path / "pipeline")
+    assert json.loads((output / "model_index.json").read_text())["scheduler"][1] == "FlowMatchEulerDiscreteScheduler"
+    loaded = load_pipeline(output)
+    assert (loaded.process.prediction_type, loaded.process.shift) == ("flow", 3.0)
+    assert loaded.process == from_checkpoint(tmp_path / "run").process
