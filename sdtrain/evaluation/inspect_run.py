@@ -16,11 +16,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sdtrain.checkpoints.manifest import Checkpoint, folder_name, list_checkpoints
+from sdtrain.checkpoints.manifest import Checkpoint, content_digest, folder_name, list_checkpoints
 from sdtrain.checkpoints.protocol import verify as verify_checkpoint
+from sdtrain.checkpoints.retention import Retention
+from sdtrain.config.load import load_training
 from sdtrain.errors import ConfigError, ExitCode
 from sdtrain.evaluation.lineage import Lineage, trace
 from sdtrain.run_dir import Exit, RunDir
+
+LONGEST_CHAIN = 8
+"""Links of a lineage that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,8 @@ class Entry:
 
     Attributes:
         problems: What is wrong with it; None if it was not verified.
-        retained: Why it stays for good, `pinned` or empty.
+        retained: Why it stays beyond its turn: `pinned`, `best`, both or empty.
+        uploaded: URL of the store that holds a copy of exactly these files; empty where none was sent.
     """
 
     name: str
@@ -42,6 +48,12 @@ class Entry:
     written_at: str | None
     problems: list[str] | None
     retained: str
+    uploaded: str
+
+    @property
+    def notes(self) -> str:
+        """What the table says beside the name."""
+        return ", ".join(filter(None, [self.retained, "uploaded" if self.uploaded else ""]))
 
     @property
     def status(self) -> str:
@@ -53,11 +65,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """All that `sdtrain inspect` says."""
+    """All that `sdtrain inspect` says.
+
+    Attributes:
+        ancestry: The checkpoint that the run was forked from, then the one that that run was forked from, and so on as
+            far as they can still be read; each as the manifest's `forked_from` has it.
+    """
 
     run: str
     checkpoints: list[Entry]
     lineage: Lineage
+    ancestry: list[dict[str, Any]]
     last_exit: Exit | None
     events: dict[str, int]
 
@@ -96,8 +114,10 @@ def examine(run: Path, *, verify: bool = True) -> Inspection:
             f"{run_dir.metrics.name}, {run_dir.config.name}. Give the run_dir of a `sdtrain train`."
         )
     checkpoints = list_checkpoints(run_dir.checkpoints)
-    entries = [_entry(checkpoint, verify) for checkpoint in checkpoints]
     rows = run_dir.ledger_rows()
+    best = _best(run_dir, checkpoints)
+    sent = {row["manifest_sha256"]: row["url"] for row in rows if row.get("event") == "upload"}
+    entries = [_entry(checkpoint, verify, best, sent) for checkpoint in checkpoints]
     newest = next((entry.step for entry in entries if not entry.problems), None)
     lineage = Lineage((), (), ())
     if newest is not None:
@@ -105,11 +125,35 @@ def examine(run: Path, *, verify: bool = True) -> Inspection:
     events: dict[str, int] = {}
     for row in rows:
         events[str(row.get("event"))] = events.get(str(row.get("event")), 0) + 1
-    return Inspection(str(run), entries, lineage, run_dir.read_exit(), events)
+    ancestry = _ancestry(checkpoints, rows)
+    return Inspection(str(run), entries, lineage, ancestry, run_dir.read_exit(), events)
 
 
-def _entry(checkpoint: Checkpoint, verify: bool) -> Entry:
+def _best(run_dir: RunDir, checkpoints: list[Checkpoint]) -> set[str]:
+    """Names that `checkpoint.keep_best` of the run's page keeps; none where the page cannot be read."""
+    try:
+        page = load_training(run_dir.config).checkpoint
+    except ConfigError:
+        return set()
+    keep = Retention(keep_last=page.keep_last, keep_best=page.keep_best, best_by=page.best_by, best_is=page.best_is)
+    return {checkpoint.path.name for checkpoint in keep.best(checkpoints)}
+
+
+def _ancestry(checkpoints: Iterable[Checkpoint], rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Forks, youngest first; a manifest knows, and before the first one the ledger's start."""
+    said = [checkpoint.manifest.get("forked_from") for checkpoint in checkpoints]
+    said += [row.get("forked_from") for row in rows if row.get("event") == "start"]
+    fork = next(filter(None, said), None)
+    found: list[dict[str, Any]] = []
+    while fork and fork not in found:
+        found.append(dict(fork))
+        fork = Checkpoint.open(Path(fork["checkpoint"])).manifest.get("forked_from")
+    return found
+
+
+def _entry(checkpoint: Checkpoint, verify: bool, best: set[str], sent: Mapping[str, str]) -> Entry:
     said = checkpoint.manifest
+    reasons = {"pinned": checkpoint.pinned, "best": checkpoint.path.name in best}
     return Entry(
         name=checkpoint.path.name,
         step=checkpoint.step,
@@ -120,7 +164,8 @@ def _entry(checkpoint: Checkpoint, verify: bool) -> Entry:
         attempt=said.get("attempt"),
         written_at=said.get("written_at"),
         problems=verify_checkpoint(checkpoint) if verify or checkpoint.damage else None,
-        retained="pinned" if checkpoint.pinned else "",
+        retained=", ".join(reason for reason, holds in reasons.items() if holds),
+        uploaded=sent.get(content_digest(said), ""),
     )
 
 
@@ -169,7 +214,7 @@ def _print(found: Inspection, console: Console) -> None:
     colours = {"valid": "green", "corrupt": "red", "not verified": "yellow"}
     for entry in found.checkpoints:
         table.add_row(
-            f"{entry.name} [dim]{entry.retained}[/dim]" if entry.retained else entry.name,
+            f"{entry.name} [dim]{entry.notes}[/dim]" if entry.notes else entry.name,
             str(entry.world_size or "?"),
             f"{entry.size_bytes / 2**20:,.1f} MiB",
             "?" if entry.samples_seen is None else f"{entry.samples_seen:,}",
@@ -182,8 +227,21 @@ def _print(found: Inspection, console: Console) -> None:
         for problem in entry.problems or []:
             console.print(f"  {entry.name}: {problem}", style="red", markup=False, highlight=False)
     console.print(f"order   {found.lineage.verdict}", markup=False, highlight=False)
+    console.print(f"chain   {_chain(found.lineage)}", markup=False, highlight=False)
+    for fork in found.ancestry:
+        text = f"{fork['load']} of {fork['checkpoint']} (step {fork['step']} of the run begun as {fork['run']})"
+        console.print(f"forked  from {text}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"ledger  {', '.join(f'{count} {event}' for event, count in found.events.items()) or 'empty'}")
     console.print(f"exit    {_exit_text(found.last_exit)}", markup=False, highlight=False)
+
+
+def _chain(lineage: Lineage) -> str:
+    """The newest checkpoint's parents, oldest first; the middle of a long chain is left out."""
+    names = ["start", *(commit.checkpoint for commit in lineage.commits)]
+    if len(names) > LONGEST_CHAIN:
+        left_out = len(names) - LONGEST_CHAIN + 1
+        names[2 : 2 + left_out] = [f"... {left_out} more ..."]
+    return " > ".join(names)
 
 
 def _exit_text(last: Exit | None) -> str:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from sdtrain.checkpoints.manifest import folder_name
+from sdtrain.checkpoints.manifest import Checkpoint, content_digest, folder_name
 from sdtrain.checkpoints.protocol import commit
 from sdtrain.errors import ConfigError
 from sdtrain.evaluation.inspect_run import Inspection, examine, inspect
 from sdtrain.evaluation.lineage import trace
 from sdtrain.run_dir import Exit, RunDir
+from sdtrain.training.fork import ancestry
+from tests.support import tiny_page
 
 BATCH = 8
 
@@ -130,6 +132,47 @@ def test_a_run_that_has_not_saved_yet(tmp_path: Path) -> None:
     assert f"no checkpoints in {tmp_path}" in text
     assert found.lineage.verdict == "no commit in the ledger"
     assert "no word from the newest attempt: it still runs, or it crashed" in text
+
+
+def test_what_stays_what_was_uploaded_and_where_a_run_comes_from(tmp_path: Path) -> None:
+    grandparent = {"checkpoint": str(tmp_path / "gone"), "run": "x", "step": 7, "load": "ema", "manifest_sha256": "0"}
+    parent, run = RunDir(tmp_path / "parent"), RunDir(tmp_path / "child")
+    for one, origin in ((parent, grandparent), (run, None)):
+        one.path.mkdir()
+        if origin is None:
+            source = Checkpoint.open(parent.checkpoints / folder_name(3))
+            origin = ancestry(source, "all")
+        one.log("start", attempt="a", step=0, forked_from=origin)
+        for step, loss in ((1, 0.2), (2, 0.1), (3, 0.3)):
+            facts = {"forked_from": origin, "figures": {"validation/loss": loss}, "samples_seen": 8 * step}
+            files = {"extra.rank00000.safetensors": {"x": torch.ones(step)}}
+            path = commit(one.checkpoints, step=step, attempt="a", files=files, facts=facts)
+            assert path is not None
+    sections = {"checkpoint": {"keep_best": 1}, "validation": {"every_steps": 1, "num_samples": 1, "batch_size": 1}}
+    tiny_page(run.path, tmp_path / "manifest.json", **sections).rename(run.config)
+    (run.checkpoints / folder_name(2) / "PINNED").touch()
+    sent = content_digest(Checkpoint.open(run.checkpoints / folder_name(3)).manifest)
+    run.log("upload", checkpoint=folder_name(3), url="s3://b/run", manifest_sha256=sent)
+    run.log("upload", checkpoint=folder_name(1), url="s3://b/run", manifest_sha256="of other bytes")
+    text, found = shown(run)
+    assert [(entry.step, entry.retained, entry.uploaded) for entry in found.checkpoints] == [
+        (3, "", "s3://b/run"),
+        (2, "pinned, best", ""),
+        (1, "", ""),
+    ]
+    assert "step-00000003 uploaded" in text
+    assert found.ancestry == [ancestry(source, "all"), grandparent]
+    assert f"forked  from all of {source.path} (step 3 of the run begun as a)" in text
+    assert f"forked  from ema of {tmp_path / 'gone'} (step 7 of the run begun as x)" in text
+
+
+def test_the_chain_of_parents_is_shown_and_a_long_one_shortened(run: RunDir) -> None:
+    text, _ = shown(run)
+    assert "chain   start > step-00000010 > step-00000020 > step-00000030\n" in text
+    for step in range(40, 130, 10):
+        save(run, step, step - 10, "b")
+    text, _ = shown(run)
+    assert "chain   start > step-00000010 > ... 6 more ... > step-00000080 > step-00000090 > " in text
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
