@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from sdtrain.config.run import TrainingConfig
 from sdtrain.data.manifest import Manifest
 from sdtrain.evaluation import during_training
 from sdtrain.evaluation.during_training import sample, validate
+from sdtrain.run_dir import RunDir
 from sdtrain.tasks.autoencoding import AutoencodingTask
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
 from tests.support import make_latent_manifest, tiny_page
@@ -216,3 +219,46 @@ def test_an_unconditional_run_draws_its_null_condition(
 
     sample(config.model_copy(update={"conditioner": NoConditionerConfig(type="none")}), task, step=1)
     assert len({picture.tobytes() for picture in grids[0]}) == 3  # by seed
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 13])
+def test_all_ranks_pause_equally_often(
+    world_size: int,
+    config: TrainingConfig,
+    manifest: Manifest,
+    task: LatentDiffusionTask,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pause is where ranks agree: with 13 ranks one has no sample and ten have no prompt, and all of them come."""
+    pauses: dict[str, Counter[int]] = {"validation": Counter(), "samples": Counter()}
+
+    def pause(event: str) -> None:
+        pauses[event][distributed.ranks().rank] += 1
+
+    on_ranks(monkeypatch, world_size, lambda: validate(config, task, manifest, lambda: pause("validation")))
+    on_ranks(monkeypatch, world_size, lambda: sample(config, task, 2, lambda: pause("samples")))
+    longest = math.ceil(math.ceil(NUM / world_size) / 5)
+    everyone = range(world_size)
+    assert pauses["validation"] == dict.fromkeys(everyone, 2 * longest), "a rank runs twice here"
+    assert pauses["samples"] == dict.fromkeys(everyone, 2 * 2)
+
+
+def test_a_pause_may_leave_early(config: TrainingConfig, manifest: Manifest, task: LatentDiffusionTask) -> None:
+    class Told(Exception):
+        pass
+
+    left = 2
+
+    def pause() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Told
+
+    with pytest.raises(Told):
+        validate(config, task, manifest, pause)
+    left = 1
+    with pytest.raises(Told):
+        sample(config, task, 2, pause)
+    assert not RunDir(config.resolved_run_dir).samples.exists()
+    assert task.denoiser.training, "the mode is given back"
