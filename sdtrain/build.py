@@ -212,7 +212,12 @@ def load_manifest(config: DataConfig) -> Manifest:
 def build_dataset(config: TrainingConfig, manifest: Manifest, draws: DrawSpec, split: str = "train") -> ShardDataset:
     """The samples of one split: shuffled by the run's order (`train`), or as they stand (`validation`)."""
     order = order_of(
-        manifest, split, seed=config.seed, window_shards=config.data.window_shards, shuffle=split == "train"
+        manifest,
+        split,
+        seed=config.seed,
+        window_shards=config.data.window_shards,
+        shuffle=split == "train",
+        batch_size=config.data.batch_size,
     )
     return ShardDataset(
         manifest=manifest,
@@ -221,7 +226,7 @@ def build_dataset(config: TrainingConfig, manifest: Manifest, draws: DrawSpec, s
         order=order,
         seed=config.seed,
         draws=draws,
-        max_open_shards=config.data.window_shards + 1,
+        max_open_shards=(config.data.window_shards + 1) * len(manifest.buckets(split)),
         read_retries=config.data.read_retries,
         ram_cache_bytes=int(config.data.ram_cache_gib * GIB),
     )
@@ -239,17 +244,18 @@ def fields_of(config: TrainingConfig) -> tuple[str, ...]:
 
 
 def field_shape(manifest: Manifest, name: str) -> tuple[int, ...]:
-    """Shape of one sample's field.
+    """Shape of one sample's field; of the largest bucket where there are several.
 
     Raises:
         DataError: The shards do not hold it.
     """
-    if STORED[name] not in manifest.field_shapes:
+    shapes = manifest.shapes_in(manifest.main_bucket("train"))
+    if STORED[name] not in shapes:
         raise DataError(
             f"{manifest.path}: holds no {name!r} ({STORED[name]}), which this task trains on; it holds "
-            f"{', '.join(sorted(manifest.field_shapes))}. Point data.manifest at the manifest of another stage."
+            f"{', '.join(sorted(shapes))}. Point data.manifest at the manifest of another stage."
         )
-    return tuple(manifest.field_shapes[STORED[name]])
+    return shapes[STORED[name]]
 
 
 def max_steps(config: TrainingConfig, manifest: Manifest) -> int:

@@ -70,10 +70,19 @@ class DrawSpec:
     Attributes:
         normals: name -> shape of one sample's standard normal draw.
         uniforms: names of scalar draws in [0, 1).
+        follows: Field whose (height, width) the draws take, where samples have several sizes; None keeps the shapes.
     """
 
     normals: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     uniforms: tuple[str, ...] = ()
+    follows: str | None = None
+
+    def shapes_for(self, fields: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The normals' shapes for a sample whose fields have these shapes; one number per channel stays one."""
+        if self.follows is None or self.follows not in fields:
+            return dict(self.normals)
+        size = fields[self.follows][-2:]
+        return {name: shape if shape[-2:] == (1, 1) else (*shape[:-2], *size) for name, shape in self.normals.items()}
 
 
 class Tombstone(NamedTuple):

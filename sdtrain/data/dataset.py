@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from sdtrain.data.lru import Lru
 from sdtrain.data.manifest import Manifest, ShardEntry, read_takedown
-from sdtrain.data.plan import Order
+from sdtrain.data.plan import BucketedOrder, Order
 from sdtrain.data.prefetch import Prefetcher
 from sdtrain.data.ram_cache import RamCache
 from sdtrain.data.randomness import normals, uniforms
@@ -105,7 +105,7 @@ class ShardDataset(Dataset[Sample]):
             (`moments.npy`, `tokens.npy`, `jpg`, `attributes.npy`).
         order: The order of this split, see `plan.order_of`.
         seed: Seed of the draws.
-        draws: What is drawn per sample; each draw's name is its random stream.
+        draws: What is drawn per sample, in the sample's own size; each draw's name is its random stream.
         max_open_shards: Files that one process keeps open; at least the order's window, or windows thrash.
         read_retries: Looks at a shard that is away before its sample is given up, see `retry_waits`.
         ram_cache_bytes: Decoded samples that each process keeps in memory.
@@ -121,7 +121,7 @@ class ShardDataset(Dataset[Sample]):
         manifest: Manifest,
         split: str,
         fields: Mapping[str, str],
-        order: Order,
+        order: Order | BucketedOrder,
         seed: int,
         draws: DrawSpec,
         max_open_shards: int = MAX_OPEN_SHARDS,
@@ -133,9 +133,12 @@ class ShardDataset(Dataset[Sample]):
         self.order = order
         self._shards = self.manifest.split(split)
         self._fields = dict(fields)
-        self._shapes = _field_shapes(self.manifest, split, self._fields)
+        self._shapes = {
+            bucket: _field_shapes(manifest, split, bucket, self._fields) for bucket in manifest.buckets(split)
+        }
         self._seed = seed
         self._draws = draws
+        self._draw_shapes = {bucket: draws.shapes_for(shapes) for bucket, shapes in self._shapes.items()}
         self._taken_down = read_takedown(self.manifest)
         self._max_open_shards = max_open_shards
         self._waits = retry_waits(read_retries)
@@ -154,11 +157,12 @@ class ShardDataset(Dataset[Sample]):
 
     def __getitem__(self, position: int) -> Sample:
         place = self.order.sample_at(position)
+        shapes = self._draw_shapes[self._shards[place.shard].bucket]
         sample = Sample(
             key="",
             position=position,
             fields={},
-            normals={name: normals(self._seed, name, position, shape) for name, shape in self._draws.normals.items()},
+            normals={name: normals(self._seed, name, position, shape) for name, shape in shapes.items()},
             uniforms={name: float(uniforms(self._seed, name, position)[0]) for name in self._draws.uniforms},
         )
         self._look_ahead(position)
@@ -166,8 +170,12 @@ class ShardDataset(Dataset[Sample]):
             self._read_patiently(sample, place.shard, place.sample)
         except DataError as error:
             sample.error = Tombstone(sample.key, self._shards[place.shard].path, str(error))
-            self._bury(sample)
+            self._bury(sample, place.shard)
         return sample
+
+    def bucket_at(self, position: int) -> str | None:
+        """The bucket of the sample at a global position: samples of one bucket stack."""
+        return self._shards[self.order.sample_at(position).shard].bucket
 
     def _look_ahead(self, position: int) -> None:
         """At the first sample of a window, ask for the shards of this window and of the next one."""
@@ -213,7 +221,7 @@ class ShardDataset(Dataset[Sample]):
         reader.check()
         sample.key = reader.keys[place]
         if sample.key in self._taken_down:
-            self._bury(sample)
+            self._bury(sample, shard)
             return
         for name, stored in self._fields.items():
             sample.fields[name] = self._decode(reader, shard, place, name, stored)
@@ -228,16 +236,18 @@ class ShardDataset(Dataset[Sample]):
             if self.manifest.drop_copy(self._shards[shard]):
                 raise ShardUnavailableError(f"{error}; this node's copy of it was dropped") from error
             raise
-        if not isinstance(value, np.ndarray) or value.shape != self._shapes[name]:
+        expected = self._shapes[self._shards[shard].bucket][name]
+        if not isinstance(value, np.ndarray) or value.shape != expected:
             found = getattr(value, "shape", type(value).__name__)
-            raise DataError(f"{reader.path}: field {stored!r} is {found}, the manifest says {self._shapes[name]}")
+            raise DataError(f"{reader.path}: field {stored!r} is {found}, the manifest says {expected}")
         try:
             return _as_field(value, FIELD_TYPES[name])
         except ValueError as error:
             raise DataError(f"{reader.path}: field {stored!r} {error}") from error
 
-    def _bury(self, sample: Sample) -> None:
-        sample.fields = {name: np.zeros(shape, FIELD_TYPES[name]) for name, shape in self._shapes.items()}
+    def _bury(self, sample: Sample, shard: int) -> None:
+        shapes = self._shapes[self._shards[shard].bucket]
+        sample.fields = {name: np.zeros(shape, FIELD_TYPES[name]) for name, shape in shapes.items()}
         sample.weight = 0.0
 
     def _mine(self) -> _Process:
@@ -273,19 +283,22 @@ def _as_field(value: np.ndarray[Any, np.dtype[Any]], wanted: type[np.generic]) -
     return cast
 
 
-def _field_shapes(manifest: Manifest, split: str, fields: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+def _field_shapes(
+    manifest: Manifest, split: str, bucket: str | None, fields: Mapping[str, str]
+) -> dict[str, tuple[int, ...]]:
     unknown = sorted(set(fields) - set(FIELD_TYPES))
     if unknown:
         raise ValueError(f"batch fields {unknown} are unknown; known are {sorted(FIELD_TYPES)}")
-    shapes = {}
+    known, shapes = manifest.shapes_in(bucket), {}
     for name, stored in fields.items():
         _check_present(manifest, manifest.split(split), stored)
-        if stored not in manifest.field_shapes:
+        if stored not in known:
+            of_bucket = "" if bucket is None else f" of bucket {bucket!r}"
             raise DataError(
-                f"{manifest.path}: no shape of field {stored!r} in field_shapes, which has "
-                f"{sorted(manifest.field_shapes)}; samples without one shape cannot be stacked"
+                f"{manifest.path}: no shape of field {stored!r}{of_bucket} in field_shapes, which has "
+                f"{sorted(known)}; samples without one shape cannot be stacked"
             )
-        shapes[name] = tuple(manifest.field_shapes[stored])
+        shapes[name] = known[stored]
     return shapes
 
 

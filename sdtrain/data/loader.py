@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def _plain_errors() -> Iterator[None]:
 class _Positions(Iterable[list[int]]):
     """A batch sampler: the positions of each batch, made anew for every pass."""
 
-    def __init__(self, make: Callable[[], Iterator[range]]) -> None:
+    def __init__(self, make: Callable[[], Iterator[Sequence[int]]]) -> None:
         self._make = make
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -90,7 +91,12 @@ class _Positions(Iterable[list[int]]):
 
 
 def _data_loader(
-    dataset: ShardDataset, plan: Callable[[], Iterator[range]], *, num_workers: int, prefetch: int, persistent: bool
+    dataset: ShardDataset,
+    plan: Callable[[], Iterator[Sequence[int]]],
+    *,
+    num_workers: int,
+    prefetch: int,
+    persistent: bool,
 ) -> DataLoader[Any]:
     return DataLoader(
         dataset,
@@ -198,10 +204,12 @@ def validation_loader(
 ) -> ValidationLoader:
     """This rank's part of the positions 0 .. num_samples - 1, in order; parts differ by at most one sample.
 
+    A batch ends where the next sample is of another bucket.
+
     Args:
         dataset: Over an order made with `shuffle=False`.
         num_samples: Of all ranks together.
-        batch_size: Per rank; the last batch may be smaller.
+        batch_size: Per rank; the last batch of a bucket's neighbours may be smaller.
 
     Raises:
         ConfigError: num_samples is not within the split, which would count samples twice.
@@ -215,7 +223,9 @@ def validation_loader(
         raise ConfigError(f"validation.batch_size is {batch_size}; at least 1 is needed")
     first, end = (num_samples * edge // world_size for edge in (rank, rank + 1))
 
-    def plan() -> Iterator[range]:
-        return (range(start, min(start + batch_size, end)) for start in range(first, end, batch_size))
+    def plan() -> Iterator[list[int]]:
+        for _, run in groupby(range(first, end), key=dataset.bucket_at):
+            positions = list(run)
+            yield from (positions[start : start + batch_size] for start in range(0, len(positions), batch_size))
 
     return ValidationLoader(_data_loader(dataset, plan, num_workers=num_workers, prefetch=prefetch, persistent=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ from sdtrain.run_dir import write_atomically
 
 MANIFEST_VERSION = 1
 _ABSENT = "absent"
+_BUCKET = re.compile(r"[A-Za-z0-9._-]+")
 _SIDECAR_SHARE = 20  # a sidecar is smaller than this part of its tar
 _TAKEDOWN = "takedown.json"
 
@@ -36,6 +38,7 @@ class ShardEntry:
         sha256: Digest of the tar.
         index_sha256: Digest of its sidecar.
         fields: Field names in the shard, sorted.
+        bucket: Which of the data set's sizes its samples have, for example `64x96`; None where all have one size.
     """
 
     path: str
@@ -45,15 +48,24 @@ class ShardEntry:
     sha256: str
     index_sha256: str
     fields: tuple[str, ...]
+    bucket: str | None = None
+
+    def content(self) -> dict[str, Any]:
+        """The row as plain values; a shard without a bucket says nothing of one, as before there were any."""
+        row = asdict(self) | {"fields": list(self.fields)}
+        if self.bucket is None:
+            del row["bucket"]
+        return row
 
 
-def describe_shard(path: Path, *, split: str, folder: Path) -> ShardEntry:
+def describe_shard(path: Path, *, split: str, folder: Path, bucket: str | None = None) -> ShardEntry:
     """The entry of a written shard, from its sidecar; the tar itself is not read again.
 
     Args:
         path: The tar, somewhere below `folder`.
         split: What it is for.
         folder: Where the manifest will stand.
+        bucket: Name of its samples' size, where the data set has several.
 
     Raises:
         DataError: No valid sidecar, or the shard is not below the folder.
@@ -71,6 +83,7 @@ def describe_shard(path: Path, *, split: str, folder: Path) -> ShardEntry:
         sha256=index.sha256,
         index_sha256=hashlib.sha256(index_path(path).read_bytes()).hexdigest(),
         fields=tuple(sorted(index.fields)),
+        bucket=bucket,
     )
 
 
@@ -82,7 +95,8 @@ class Manifest:
         path: Where the manifest stands, a file or a URL; not part of its content, so a data set can be moved.
         shards: Sorted by split and path.
         fingerprint: What the shards were made with: autoencoder, tokenizer, transform.
-        field_shapes: Field name -> shape of one decoded sample, for the fields that stack.
+        field_shapes: Field name -> shape of one decoded sample, for the fields that have one shape everywhere.
+        bucket_shapes: Bucket -> the same for the fields whose shape depends on it.
         cache: Where shards of object storage are kept on this node.
     """
 
@@ -90,6 +104,7 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     field_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    bucket_shapes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     cache: ShardCache | None = field(default=None, compare=False)
 
     @property
@@ -115,12 +130,32 @@ class Manifest:
 
     def content(self) -> dict[str, Any]:
         """What the file holds, as plain values."""
-        return {
+        page = {
             "version": MANIFEST_VERSION,
-            "shards": [asdict(shard) | {"fields": list(shard.fields)} for shard in self.shards],
+            "shards": [shard.content() for shard in self.shards],
             "fingerprint": dict(self.fingerprint),
-            "field_shapes": {name: list(shape) for name, shape in self.field_shapes.items()},
+            "field_shapes": _as_lists(self.field_shapes),
         }
+        if self.bucket_shapes:
+            page["bucket_shapes"] = {bucket: _as_lists(shapes) for bucket, shapes in self.bucket_shapes.items()}
+        return page
+
+    def buckets(self, split: str) -> list[str | None]:
+        """The buckets of a split that hold samples, sorted; `[None]` where all samples have one size."""
+        found = {shard.bucket for shard in self.split(split) if shard.num_samples}
+        return sorted(found, key=str) or [None]
+
+    def shapes_in(self, bucket: str | None) -> dict[str, tuple[int, ...]]:
+        """Field name -> shape of one decoded sample of a bucket."""
+        return {**self.field_shapes, **(self.bucket_shapes.get(bucket, {}) if bucket else {})}
+
+    def main_bucket(self, split: str) -> str | None:
+        """The bucket of most samples, the first by name among equals: what is drawn without a sample has its size."""
+        counts = {
+            bucket: sum(shard.num_samples for shard in self.split(split) if shard.bucket == bucket)
+            for bucket in self.buckets(split)
+        }
+        return max(counts, key=lambda bucket: counts[bucket])
 
     def split(self, name: str) -> list[ShardEntry]:
         """The shards of a split.
@@ -225,8 +260,8 @@ class Manifest:
             raise ValueError(f"version {page['version']!r} found, {MANIFEST_VERSION} is read")
         shards = tuple(ShardEntry(**(row | {"fields": tuple(row["fields"])})) for row in page["shards"])
         _check_shards(shards)
-        shapes = {name: tuple(shape) for name, shape in page["field_shapes"].items()}
-        return cls(path, shards, page["fingerprint"], shapes, cache)
+        bucket_shapes = {bucket: _as_tuples(shapes) for bucket, shapes in page.get("bucket_shapes", {}).items()}
+        return cls(path, shards, page["fingerprint"], _as_tuples(page["field_shapes"]), bucket_shapes, cache)
 
 
 def _read_beside(path: Location, name: str | None) -> bytes:
@@ -235,6 +270,14 @@ def _read_beside(path: Location, name: str | None) -> bytes:
         folder, _, own = path.rpartition("/")
         return RemoteFolder(folder).read_bytes(name or own)
     return (Path(path) if name is None else Path(path).with_name(name)).read_bytes()
+
+
+def _as_lists(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    return {name: list(shape) for name, shape in shapes.items()}
+
+
+def _as_tuples(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -251,7 +294,12 @@ def _check_shards(shards: Sequence[ShardEntry]) -> None:
             raise ValueError(f"shard {shard.path!r} is listed twice")
         if shard.num_samples < 0:
             raise ValueError(f"shard {shard.path!r} has {shard.num_samples} samples")
+        if shard.bucket is not None and not _BUCKET.fullmatch(shard.bucket):
+            raise ValueError(f"shard {shard.path!r} has bucket {shard.bucket!r}; use letters, digits, '_', '-', '.'")
         seen.add(shard.path)
+    bare = [shard.path for shard in shards if shard.bucket is None]
+    if bare and len(bare) < len(shards):
+        raise ValueError(f"shard {bare[0]!r} has no bucket, other shards have one; all have one or none has")
 
 
 def write_manifest(
@@ -260,6 +308,7 @@ def write_manifest(
     *,
     fingerprint: Mapping[str, Any],
     field_shapes: Mapping[str, Sequence[int]] | None = None,
+    bucket_shapes: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
 ) -> Manifest:
     """Write a manifest once; writing the same content again does nothing.
 
@@ -267,7 +316,8 @@ def write_manifest(
         path: Usually `<data set>/manifest.json`; the shards lie below its folder.
         shards: In any order; they are sorted, so the digest does not depend on who finished first.
         fingerprint: Plain values: what the shards were made with.
-        field_shapes: Shape of one sample by field; None reads it off the first sample.
+        field_shapes: Shape of one sample by field; None reads it off the first sample (of every bucket).
+        bucket_shapes: Bucket -> the shapes that depend on it; goes with `field_shapes`.
 
     Raises:
         DataError: Another manifest stands there already, or the shards do not fit together.
@@ -278,10 +328,10 @@ def write_manifest(
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
     plain = json.loads(json.dumps(dict(fingerprint)))  # what a reader will see: lists for tuples
-    manifest = Manifest(path, ordered, plain)
     if field_shapes is None:
-        field_shapes = _shapes_of_first_sample(manifest)
-    manifest = Manifest(path, ordered, plain, {name: tuple(shape) for name, shape in field_shapes.items()})
+        field_shapes, bucket_shapes = _shapes_of_first_samples(Manifest(path, ordered, plain))
+    of_buckets = {bucket: _as_tuples(shapes) for bucket, shapes in (bucket_shapes or {}).items()}
+    manifest = Manifest(path, ordered, plain, _as_tuples(field_shapes), of_buckets)
     if path.exists():
         if Manifest.load(path).sha256 != manifest.sha256:
             raise DataError(f"{path}: another manifest stands here, and manifests never change; choose a new folder")
@@ -291,13 +341,25 @@ def write_manifest(
     return manifest
 
 
-def _shapes_of_first_sample(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _shapes_of_first_samples(manifest: Manifest) -> tuple[Shapes, dict[str, Shapes]]:
+    """The shapes that all buckets share, and those that differ, by bucket."""
+    found: dict[str | None, Shapes] = {}
     for shard in manifest.shards:
-        if shard.num_samples > 0:
+        if shard.num_samples > 0 and shard.bucket not in found:
             with manifest.open_shard(shard) as reader:
                 values = {name: reader.decode(0, name) for name in reader.fields}
-            return {name: value.shape for name, value in values.items() if isinstance(value, np.ndarray)}
-    return {}
+            found[shard.bucket] = {name: value.shape for name, value in values.items() if isinstance(value, np.ndarray)}
+    first = next(iter(found.values()), {})
+    shared = {name: shape for name, shape in first.items() if all(one.get(name) == shape for one in found.values())}
+    of_buckets = {
+        bucket: {name: shape for name, shape in shapes.items() if name not in shared}
+        for bucket, shapes in found.items()
+        if bucket is not None
+    }
+    return shared, {bucket: shapes for bucket, shapes in of_buckets.items() if shapes}
 
 
 def _flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -372,10 +434,10 @@ def bytes_in_use(manifest: Manifest, *, window_shards: int) -> int:
 
     Workers cross from one window to the next at different moments, so the one before is still open in some.
     """
-    total = 0
-    for split in {shard.split for shard in manifest.shards}:
-        sizes = sorted((shard.size_bytes for shard in manifest.split(split)), reverse=True)
-        total += sum(sizes[: 3 * window_shards + 1])
+    sizes: dict[tuple[str, str | None], list[int]] = {}
+    for shard in manifest.shards:
+        sizes.setdefault((shard.split, shard.bucket), []).append(shard.size_bytes)
+    total = sum(sum(sorted(group, reverse=True)[: 3 * window_shards + 1]) for group in sizes.values())
     return total + total // _SIDECAR_SHARE
 
 

@@ -2,7 +2,8 @@
 
 Shards are permuted once an epoch, cut into windows of K shards, and the samples of a window are permuted among
 themselves. Positions run on across epochs, so there is no short batch and no dropped tail. Windows are computed when
-they are asked for: memory is that of a few windows, however large the data set.
+they are asked for: memory is that of a few windows, however large the data set. Samples of several sizes have such an
+order for every size, and one of batches over them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ ORDER_VERSION = 1
 
 _CACHED_EPOCHS = 2
 _CACHED_WINDOWS = 4
+_CACHED_BATCHES = 8
 
 
 class Place(NamedTuple):
@@ -159,14 +161,185 @@ class Order:
         return seen
 
 
-def order_of(manifest: Manifest, split: str, *, seed: int, window_shards: int, shuffle: bool = True) -> Order:
-    """The order of a split of a manifest."""
-    return Order(
-        shard_sizes=[shard.num_samples for shard in manifest.split(split)],
+class _BucketEpoch(NamedTuple):
+    buckets: np.ndarray[Any, np.dtype[np.int64]]  # (num_batches,) the bucket of every batch, in order
+    numbers: np.ndarray[Any, np.dtype[np.int64]]  # (num_batches,) which batch of its bucket it is, over all epochs
+
+
+class _Batch(NamedTuple):
+    bucket: int
+    first: int  # position of its first sample in the bucket's own order
+    windows: tuple[tuple[int, int], ...]  # of every bucket's order, where its next batch begins
+
+
+class BucketedOrder:
+    """The order of samples of several sizes: every global batch is of one bucket, so all ranks see one shape a step.
+
+    Each bucket has an `Order` of its own that runs on over its epochs, and gives its samples in whole batches: by the
+    end of epoch e a bucket of N samples has given floor((e + 1) * N / B) of them. What is left, fewer than B samples,
+    begins its first batch of the next epoch: nothing is dropped, and every sample comes once in each of its bucket's
+    epochs. The batches of an epoch are permuted over the buckets. All of it is a function of the position alone.
+
+    Args:
+        shard_sizes: Samples per shard, in the order of the manifest's split.
+        shard_buckets: Bucket of every shard.
+        batch_size: B, the global batch; part of the order, unlike in `Order`.
+        manifest_sha256: Names the data set.
+        seed: The run's seed.
+        window_shards: K, how many shards of one bucket are mixed at a time.
+
+    Raises:
+        DataError: There are no samples.
+        ValueError: window_shards or batch_size is below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        shard_sizes: Sequence[int],
+        shard_buckets: Sequence[str | None],
+        batch_size: int,
+        manifest_sha256: str,
+        seed: int,
+        window_shards: int,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+        self.num_samples = sum(shard_sizes)
+        if self.num_samples < 1:
+            raise DataError(f"the manifest {manifest_sha256} holds no samples in this split; nothing can be ordered")
+        self._batch_size = batch_size
+        self._seed = seed
+        self._stream = f"order/{ORDER_VERSION}/{manifest_sha256}/buckets"
+        names = sorted({str(name) for name, size in zip(shard_buckets, shard_sizes, strict=True) if size})
+        self._shards = [[place for place, bucket in enumerate(shard_buckets) if str(bucket) == name] for name in names]
+        self._orders = [
+            Order(
+                shard_sizes=[shard_sizes[place] for place in places],
+                manifest_sha256=f"{manifest_sha256}/{name}",
+                seed=seed,
+                window_shards=window_shards,
+            )
+            for name, places in zip(names, self._shards, strict=True)
+        ]
+        self._epochs: Lru[int, _BucketEpoch] = Lru(_CACHED_EPOCHS)
+        self._batches: Lru[int, _Batch] = Lru(_CACHED_BATCHES)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def sample_at(self, position: int) -> Place:
+        """The sample at a global position, counted from 0 over all epochs; its epoch is that of its bucket.
+
+        Raises:
+            IndexError: position is negative.
+        """
+        batch, local = self._locate(position)
+        place = self._orders[batch.bucket].sample_at(local)
+        return Place(place.epoch, self._shards[batch.bucket][place.shard], place.sample)
+
+    def window_at(self, position: int) -> tuple[object, ...]:
+        """Names the windows that all buckets are in; it changes when one of them goes on to its next one."""
+        batch, local = self._locate(position)
+        return (*batch.windows, batch.bucket, self._orders[batch.bucket].window_at(local))
+
+    def shards_ahead(self, position: int) -> list[int]:
+        """The shards of every bucket's window and of the one after it, those of the position's own bucket first."""
+        batch, local = self._locate(position)
+        ahead = [self._shards[batch.bucket][shard] for shard in self._orders[batch.bucket].shards_ahead(local)]
+        given = self._given(position // self._batch_size)
+        for bucket, order in enumerate(self._orders):
+            if bucket != batch.bucket:
+                shards = order.shards_ahead(given[bucket] * self._batch_size)
+                ahead += [self._shards[bucket][shard] for shard in shards]
+        return ahead
+
+    def _locate(self, position: int) -> tuple[_Batch, int]:
+        """The batch that a position is in, and the position in its bucket's own order."""
+        if position < 0:
+            raise IndexError(f"position {position}: the order starts at 0")
+        number, offset = divmod(position, self._batch_size)
+        batch = self._batches.get(number, lambda: self._plan_batch(number))
+        return batch, batch.first + offset
+
+    def _plan_batch(self, number: int) -> _Batch:
+        epoch = self._epoch_of(number)
+        plan = self._epochs.get(epoch, lambda: self._plan_epoch(epoch))
+        place = number - sum(self._batches_before(epoch))
+        given = self._given(number)
+        windows = tuple(
+            order.window_at(count * self._batch_size) for order, count in zip(self._orders, given, strict=True)
+        )
+        return _Batch(int(plan.buckets[place]), int(plan.numbers[place]) * self._batch_size, windows)
+
+    def _given(self, number: int) -> list[int]:
+        """Batches that every bucket has given before the batch of this number."""
+        epoch = self._epoch_of(number)
+        plan = self._epochs.get(epoch, lambda: self._plan_epoch(epoch))
+        before = self._batches_before(epoch)
+        counts = np.bincount(plan.buckets[: number - sum(before)], minlength=len(before))
+        return [earlier + int(count) for earlier, count in zip(before, counts, strict=True)]
+
+    def _batches_before(self, epoch: int) -> list[int]:
+        """Batches that every bucket has given by the start of an epoch."""
+        return [epoch * order.num_samples // self._batch_size for order in self._orders]
+
+    def _epoch_of(self, number: int) -> int:
+        """The epoch that a batch belongs to: the first one by whose end enough batches were given."""
+        epoch = number * self._batch_size // self.num_samples
+        while sum(self._batches_before(epoch + 1)) <= number:
+            epoch += 1
+        return epoch
+
+    def _plan_epoch(self, epoch: int) -> _BucketEpoch:
+        before, after = self._batches_before(epoch), self._batches_before(epoch + 1)
+        counts = np.subtract(after, before)
+        batches = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        numbers = np.concatenate(
+            [np.arange(start, end, dtype=np.int64) for start, end in zip(before, after, strict=True)]
+        )
+        mixed = batches[permutation(self._seed, self._stream, epoch, n=len(batches))]
+        in_order = np.empty_like(numbers)
+        in_order[np.argsort(mixed, kind="stable")] = numbers  # each bucket's batches keep their own order
+        return _BucketEpoch(mixed, in_order)
+
+
+def order_of(
+    manifest: Manifest,
+    split: str,
+    *,
+    seed: int,
+    window_shards: int,
+    shuffle: bool = True,
+    batch_size: int | None = None,
+) -> Order | BucketedOrder:
+    """The order of a split of a manifest.
+
+    Args:
+        batch_size: The global batch; needed where samples of several buckets are shuffled.
+
+    Raises:
+        ValueError: Several buckets and no batch_size.
+    """
+    shards = manifest.split(split)
+    sizes = [shard.num_samples for shard in shards]
+    if not shuffle or len(manifest.buckets(split)) == 1:
+        return Order(
+            shard_sizes=sizes,
+            manifest_sha256=manifest.sha256,
+            seed=seed,
+            window_shards=window_shards,
+            shuffle=shuffle,
+        )
+    if batch_size is None:
+        raise ValueError(f"split {split!r} has several buckets: their order needs the batch_size")
+    return BucketedOrder(
+        shard_sizes=sizes,
+        shard_buckets=[shard.bucket for shard in shards],
+        batch_size=batch_size,
         manifest_sha256=manifest.sha256,
         seed=seed,
         window_shards=window_shards,
-        shuffle=shuffle,
     )
 
 

@@ -83,7 +83,8 @@ class LatentDiffusionTask:
             conditioner: Field of the shards -> conditioning, and the null condition.
             autoencoder: Encodes nothing here: it draws latents from moments, scales and decodes.
             process: Noise levels and prediction type.
-            latent_shape: (channels, height, width) of one sample's latents.
+            latent_shape: (channels, height, width) of one sample's latents; where shards hold several sizes, of what
+                `sample` draws.
             condition_dropout: Probability that training sees the null condition instead, in [0, 1).
             loss_weighting: Gamma of Min-SNR, or None for equal weights.
             latents: A fresh posterior sample for every visit, or the posterior mean.
@@ -225,11 +226,12 @@ class LatentDiffusionTask:
     def _clean(self, batch: Batch) -> Float32[Tensor, "batch channels height width"]:
         """Scaled latents in float32 from the stored moments."""
         moments = field(batch, "moments", _NAME).float()
-        channels, height, width = self.latent_shape
-        if moments.shape[1:] != (2 * channels, height, width):
+        latent_shape = (self.latent_shape[0], *batch.normals["noise"].shape[2:])  # the loader's, of this batch's bucket
+        needed = (2 * latent_shape[0], *latent_shape[1:])
+        if moments.shape[1:] != needed:
             raise DataError(
                 f"field 'moments' of sample {batch.keys[0]!r}: found shape {tuple(moments.shape[1:])}, but latents "
-                f"{self.latent_shape} need {(2 * channels, height, width)}; encode shards with this run's autoencoder"
+                f"{latent_shape} need {needed}; encode shards with this run's autoencoder"
             )
         if self.latents == "mean":
             return self.autoencoder.scale(self.autoencoder.posterior_mean(moments))
@@ -296,4 +298,4 @@ class LatentDiffusionTask:
             normals["posterior"] = self.latent_shape
         if self.noise_offset:
             normals["noise_offset"] = (self.latent_shape[0], 1, 1)
-        return DrawSpec(normals=normals, uniforms=("timestep", "condition_drop"))
+        return DrawSpec(normals=normals, uniforms=("timestep", "condition_drop"), follows="moments")

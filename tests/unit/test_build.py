@@ -234,6 +234,15 @@ def test_a_field_that_is_not_there_is_named() -> None:
     )
 
 
+def test_of_several_buckets_the_largest_one_s_shape_is_what_is_sampled() -> None:
+    shards = tuple(
+        ShardEntry(f"{bucket}.tar", "train", count, 1, "0", "0", ("moments.npy",), bucket)
+        for bucket, count in (("a", 5), ("b", 9), ("c", 9))
+    )
+    shapes = {"a": {"moments.npy": (8, 4, 4)}, "b": {"moments.npy": (8, 2, 6)}, "c": {"moments.npy": (8, 6, 2)}}
+    assert build.field_shape(Manifest(Path("m.json"), shards, {}, {}, shapes), "moments") == (8, 2, 6)
+
+
 @pytest.mark.parametrize(("samples", "epochs", "steps"), [(48, 1, 6), (48, 3, 18), (49, 1, 7), (47, 2, 12), (5, 1, 1)])
 def test_epochs_are_steps_enough_to_see_every_sample(samples: int, epochs: int, steps: int, tmp_path: Path) -> None:
     config = page(tmp_path, trainer={"max_steps": None, "max_epochs": epochs}, optimizer={"warmup_steps": 0})

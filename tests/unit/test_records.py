@@ -84,3 +84,10 @@ def test_a_batch_moves_all_its_tensors_and_keeps_its_words() -> None:
 
 def test_nothing_is_drawn_unless_asked_for() -> None:
     assert (dict(DrawSpec().normals), DrawSpec().uniforms) == ({}, ())
+
+
+def test_draws_follow_the_size_of_their_field() -> None:
+    draws = DrawSpec(normals={"noise": (4, 8, 8), "noise_offset": (4, 1, 1)}, follows="moments")
+    assert draws.shapes_for({"moments": (8, 6, 12)}) == {"noise": (4, 6, 12), "noise_offset": (4, 1, 1)}
+    assert draws.shapes_for({"tokens": (77,)}) == dict(draws.normals)
+    assert DrawSpec(normals={"noise": (4, 8, 8)}).shapes_for({"moments": (8, 6, 12)}) == {"noise": (4, 8, 8)}

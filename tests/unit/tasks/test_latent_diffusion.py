@@ -489,6 +489,19 @@ def test_a_missing_field_is_named():
     assert "task latent_diffusion needs the field 'moments' of every sample; fields found: tokens." in str(caught.value)
 
 
+def test_a_batch_of_another_size_is_trained_on_in_its_own_size():
+    task = make()
+    assert task.draws.follows == "moments"
+    batch = make_batch(task)
+    batch.fields["moments"] = torch.zeros(4, 4, 2, 6).half()
+    batch.normals = {name: torch.ones(4, 2, 2, 6) for name in task.draws.normals}
+    assert task.loss("denoiser", batch, 0).losses.shape == (4,)
+    assert task.validate(batch)["loss"].shape == (4,)
+    batch.normals["noise"] = torch.ones(4, 2, 4, 4)
+    with pytest.raises(DataError, match=r"found shape \(4, 2, 6\), but latents \(2, 4, 4\) need \(4, 4, 4\)"):
+        task.loss("denoiser", batch, 0)
+
+
 def test_moments_of_another_autoencoder_are_refused():
     task = make()
     batch = make_batch(task)
