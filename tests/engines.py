@@ -60,13 +60,13 @@ class PlainEngine:
     def begin(self) -> None:
         self.module.train()
 
-    def backward(self, losses: Tensor, weights: Tensor) -> None:
+    def backward(self, losses: Tensor, weights: Tensor, verdict: Tensor | None = None) -> None:
         self.log.append(("backward", self._name))
         self._backwards += 1
         if self._backwards - 1 in self._loses:
             raise StepLost("MemoryError: too little")
         self._micro += 1
-        self._is_finite &= bool(torch.isfinite(losses).all())
+        self._is_finite &= verdict is None or bool(torch.isfinite(verdict))
 
     def discard(self) -> None:
         self.log.append(("discard", self._name))

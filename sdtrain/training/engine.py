@@ -166,11 +166,16 @@ class Engine:
         self.module.train()
         self._buffers = [buffer.detach().clone() for buffer in self.module.buffers()]
 
-    def backward(self, losses: Tensor, weights: Tensor) -> None:
+    def backward(self, losses: Tensor, weights: Tensor, verdict: Tensor | None = None) -> None:
         """Backward of sum(losses * weights) / planned micro-batch size.
 
         DeepSpeed divides by accumulation and ranks, so the whole step is sum(losses * weights) / batch_size: a
         tombstone (weight 0) takes its own share away and changes nothing for the others.
+
+        Args:
+            losses: (batch,) with graph.
+            weights: (batch,).
+            verdict: 1, or NaN to let this step's gradients be none, whatever those of the losses are.
 
         Raises:
             StepLost: With `oom_skip`, on all ranks: `discard` the step.
@@ -179,6 +184,8 @@ class Engine:
         self._micro_steps += 1
         self._engine.set_gradient_accumulation_boundary(self._is_boundary)
         loss = (losses * weights).sum() / self.settings.micro_batch_size
+        if verdict is not None:  # by way of a parameter: a loss that is NaN can have gradients of 0
+            loss = loss + (verdict - 1.0) * min(self._trained, key=Tensor.numel).flatten()[0].float()
         if self.settings.oom_skip:
             self._backward_held_back(loss)
             return
@@ -223,7 +230,6 @@ class Engine:
             parameter.grad = torch.full_like(parameter, math.nan, memory_format=torch.contiguous_format)
         self._reduce()
         self._micro_steps = self.settings.grad_accum_steps
-        self._engine.set_gradient_accumulation_boundary(True)
 
     def _hold_back(self) -> None:
         """Keep gradients on this rank until `_reduce`."""
@@ -251,6 +257,7 @@ class Engine:
         self._scaler = self.scaler_state()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._engine.set_gradient_accumulation_boundary(True)  # a reduction that was held back has reset it
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         if not self._engine.was_step_applied():

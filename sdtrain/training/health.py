@@ -102,8 +102,8 @@ class StepLoss:
     def verdict(self, limit: float) -> Float[Tensor, ""]:
         """1 if all ranks' mean may be stepped on, NaN if it is not finite or above `limit`; collective.
 
-        Multiplied into the last micro-step's losses, a NaN spoils the gradients of all ranks, and DeepSpeed, which
-        looks for that at every step, skips the update. So nothing waits for the device here.
+        As the last backward's verdict, a NaN spoils the gradients of all ranks, and DeepSpeed, which looks for that at
+        every step, skips the update. So nothing waits for the device here.
         """
         assert self._total is not None, "a step has a micro-step"
         if distributed.is_active():

@@ -163,11 +163,9 @@ class Trainer:
         try:
             for micro_step in range(last + 1):
                 loss = self._forward(name, micro_step, evidence)
-                losses = loss.losses
-                if micro_step == last:
-                    losses = losses * evidence.loss.verdict(evidence.limit)
+                verdict = evidence.loss.verdict(evidence.limit) if micro_step == last else None
                 self._beat("backward", self.step, micro_step)
-                self.engines[name].backward(losses, loss.weights)
+                self.engines[name].backward(loss.losses, loss.weights, verdict)
         except StepLost as lost:
             evidence.lost = str(lost)
 

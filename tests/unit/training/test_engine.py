@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sdtrain.errors import RequeueRequest
 from sdtrain.training.ema import decay_at
-from sdtrain.training.engine import Engine, EngineSettings, parameter_groups
-from tests.engines import one_rank
+from sdtrain.training.engine import Engine, EngineSettings, StepResult, parameter_groups
+from sdtrain.training.health import StepLost
+from tests.engines import fp16_on_cpu, one_rank
 
 BATCH, RATE = 4, 1e-2
 
@@ -290,3 +292,206 @@ def test_the_fp16_loss_scale_is_part_of_the_state() -> None:
     assert again.scaler_state() == state
     assert type(again._engine.optimizer.loss_scaler.cur_iter) is int
     assert scales(again, [False] * 9) == scales(whole, [False] * 9)
+
+
+# Steps that are thrown away -------------------------------------------------------------------------------------------
+
+PRECISIONS = ["fp32", "bf16", "fp16"]
+
+
+@pytest.fixture
+def any_precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fp16_on_cpu():
+        yield request.param
+
+
+class Starving(torch.autograd.Function):
+    """The identity, whose backward finds no memory."""
+
+    @staticmethod
+    def forward(ctx: object, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradients: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def whole_step(engine: Engine, step: int, change: Callable[[Tensor], Tensor] = lambda losses: losses) -> StepResult:
+    """All micro-steps, `change`d in the second one (or the only one)."""
+    accumulation = engine.settings.grad_accum_steps
+    engine.begin()
+    try:
+        for micro_step in range(accumulation):
+            losses = 0.1 * losses_of(engine.module, 100 * step + micro_step)  # fp16 starts with a scale of 65,536
+            changed = change(losses) if micro_step == min(1, accumulation - 1) else losses
+            verdict = torch.tensor(1.0) if micro_step == accumulation - 1 else None
+            engine.backward(changed, torch.ones(BATCH), verdict)
+    except StepLost:
+        engine.discard()
+    result = engine.step(RATE)
+    assert result is not None
+    if not result.applied:
+        engine.rewind(keeps_scale=False)
+    return result
+
+
+def discarded_step(engine: Engine, step: int) -> StepResult:
+    """A forward without memory at the second micro-step (or the only one)."""
+    engine.begin()
+    if engine.settings.grad_accum_steps > 1:
+        engine.backward(losses_of(engine.module, 100 * step), torch.ones(BATCH))
+    engine.discard()
+    result = engine.step(RATE)
+    assert result is not None
+    engine.rewind(keeps_scale=False)
+    return result
+
+
+def state_of(engine: Engine) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.tensors().items()} | {"weights": flat(engine.module)}
+
+
+class Centred(nn.Module):
+    """Takes the running mean away: a forward that leaves something behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(7))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.mean.lerp_(inputs.detach().mean(0).to(self.mean), 0.1)
+        return inputs - self.mean.to(inputs)
+
+
+def centred() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), Centred(), nn.GELU(), nn.Linear(7, 2))
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("oom_skip", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("any_precision", PRECISIONS, indirect=True)
+def test_a_run_with_sick_steps_equals_one_that_never_saw_them(
+    any_precision: str, accumulation: int, oom_skip: bool
+) -> None:
+    settings = {"precision": any_precision, "grad_accum_steps": accumulation, "oom_skip": oom_skip, "ema_decay": 0.9}
+    sick, healthy = engine_of(centred(), **settings), engine_of(centred(), **settings)
+    for step in range(5):
+        assert whole_step(healthy, step).applied
+        assert whole_step(sick, step).applied
+        scaler = sick.scaler_state()
+        refused = [
+            whole_step(sick, 50, lambda losses: losses * float("nan")),
+            whole_step(sick, 50, lambda losses: losses * float("inf")),
+            discarded_step(sick, 50),
+        ]
+        if oom_skip:
+            refused.append(whole_step(sick, 50, Starving.apply))
+        assert {result.applied for result in refused} == {False}
+        assert sick.scaler_state() == scaler, "none of it says anything about the loss scale"
+    assert sick.applied_steps == healthy.applied_steps == 5
+    mine, theirs = state_of(sick), state_of(healthy)
+    assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+    assert sick.scaler_state() == healthy.scaler_state()
+    assert torch.equal(sick.module[1].mean, healthy.module[1].mean)
+    assert sick.module[1].mean.abs().max() > 0
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("any_precision", PRECISIONS, indirect=True)
+def test_reducing_after_the_backward_changes_no_bit(any_precision: str, accumulation: int) -> None:
+    """Half precision must go on adding up in fp32; the gradients' own sum would be off by its rounding."""
+    settings = {"precision": any_precision, "grad_accum_steps": accumulation}
+    during, after = engine_of(network(), **settings), engine_of(network(), oom_skip=True, **settings)
+    for step in range(4):
+        assert whole_step(during, step).gradient_norm == whole_step(after, step).gradient_norm
+    mine, theirs = state_of(after), state_of(during)
+    assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("any_precision", PRECISIONS, indirect=True)
+def test_a_verdict_of_one_changes_no_bit_and_nan_skips_whatever_the_gradients_are(any_precision: str) -> None:
+    plain, judged = (engine_of(network(), precision=any_precision) for _ in range(2))
+    for step in range(3):
+        plain.begin()
+        plain.backward(0.1 * losses_of(plain.module, 100 * step), torch.ones(BATCH))
+        assert plain.step(RATE) == whole_step(judged, step)
+    mine, theirs = state_of(judged), state_of(plain)
+    assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+    judged.begin()
+    masked = losses_of(judged.module, 0).masked_fill(torch.ones(BATCH, dtype=torch.bool), float("nan"))
+    judged.backward(masked, torch.ones(BATCH), torch.tensor(float("nan")))
+    result = judged.step(RATE)
+    assert result is not None and not result.applied, "such a loss has gradients of 0, which are finite"
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_large_finite_gradients_are_clipped_and_applied(precision: str) -> None:
+    engine = engine_of(network(), precision=precision)
+    before, usual = flat(engine.module), whole_step(engine_of(network(), precision=precision), 0)
+    result = whole_step(engine, 0, lambda losses: losses * 1e4)
+    assert result.applied
+    assert float(result.gradient_norm) == pytest.approx(1e4 * float(usual.gradient_norm), rel=1e-2)
+    assert 0 < (flat(engine.module) - before).abs().max() < 2 * RATE, "no further than AdamW's first step goes"
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+def test_without_oom_skip_a_backward_without_memory_asks_to_be_started_again() -> None:
+    engine = engine_of(network())
+    engine.begin()
+    with pytest.raises(RequeueRequest) as raised:
+        engine.backward(Starving.apply(losses_of(engine.module, 0)), torch.ones(BATCH))
+    assert raised.value.exit_code == 85
+    assert str(raised.value) == (
+        "out of memory in a backward: CUDA out of memory. Tried to allocate 2 GiB\n"
+        "The other ranks wait for this rank's gradients, so the step cannot be thrown away; started again, the run "
+        "goes on from its last checkpoint. trainer.oom_skip: true skips such steps; a smaller data.micro_batch_size or "
+        "trainer.gradient_checkpointing: blocks needs less memory."
+    )
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("oom_skip", [False, True])
+def test_an_error_in_the_backward_that_is_not_about_memory_is_raised_as_it_is(oom_skip: bool) -> None:
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, values: Tensor) -> Tensor:
+            return values.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradients: Tensor) -> Tensor:
+            raise ZeroDivisionError("in a backward")
+
+    engine = engine_of(network(), oom_skip=oom_skip)
+    engine.begin()
+    with pytest.raises(ZeroDivisionError, match="in a backward"):
+        engine.backward(Broken.apply(losses_of(engine.module, 0)), torch.ones(BATCH))
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("any_precision", ["fp16"], indirect=True)
+def test_overflowing_gradients_lower_the_loss_scale_down_to_its_least_without_raising(any_precision: str) -> None:
+    engine = engine_of(network(), precision=any_precision)
+    scales = [engine.loss_scale]
+    for step in range(20):
+        engine.begin()
+        engine.backward(losses_of(engine.module, step) * 1e30, torch.ones(BATCH))
+        result = engine.step(RATE)
+        assert result is not None and not result.applied
+        engine.rewind(keeps_scale=True)
+        scales.append(engine.loss_scale)
+    assert scales[:4] == [2.0**16, 2.0**16, 2.0**15, 2.0**14], "the first one is forgiven"
+    assert scales[-1] == 1.0
+    assert engine.applied_steps == 0
