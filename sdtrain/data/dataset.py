@@ -186,7 +186,8 @@ class ShardDataset(Dataset[Sample]):
             return
         mine.window = window
         if mine.prefetcher is None:
-            mine.prefetcher = Prefetcher(lambda shard: self.manifest.prefetch(self._shards[shard]))
+            manifest, shards = self.manifest, self._shards
+            mine.prefetcher = Prefetcher(lambda shard: manifest.prefetch(shards[shard]))
         mine.prefetcher.want(self.order.shards_ahead(position))
 
     def _read_patiently(self, sample: Sample, shard: int, place: int) -> None:

@@ -169,9 +169,12 @@ def train_loader(
     loader = _data_loader(dataset, plan, num_workers=num_workers, prefetch=prefetch, persistent=False)
 
     def batches() -> Generator[tuple[int, int, Batch]]:
-        with _plain_errors():
-            for (step, micro), plain in zip(places(), loader, strict=True):
-                yield step, micro, _as_batch(plain)
+        try:
+            with _plain_errors():
+                for (step, micro), plain in zip(places(), loader, strict=True):
+                    yield step, micro, _as_batch(plain)
+        finally:
+            dataset.close()
 
     return batches()
 
@@ -179,8 +182,9 @@ def train_loader(
 class ValidationLoader:
     """The same batches with the same draws at every pass; its workers live from the first pass until `close`."""
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, loader: DataLoader[Any], dataset: ShardDataset) -> None:
         self._loader: DataLoader[Any] | None = loader
+        self._dataset = dataset
 
     def __iter__(self) -> Iterator[Batch]:
         if self._loader is None:
@@ -188,8 +192,9 @@ class ValidationLoader:
         return map(_as_batch, self._loader)
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers, and close what was read in this process."""
         self._loader = None
+        self._dataset.close()
 
 
 def validation_loader(
@@ -228,4 +233,5 @@ def validation_loader(
             positions = list(run)
             yield from (positions[start : start + batch_size] for start in range(0, len(positions), batch_size))
 
-    return ValidationLoader(_data_loader(dataset, plan, num_workers=num_workers, prefetch=prefetch, persistent=True))
+    loader = _data_loader(dataset, plan, num_workers=num_workers, prefetch=prefetch, persistent=True)
+    return ValidationLoader(loader, dataset)

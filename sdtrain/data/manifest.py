@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdtrain.data.shard import ShardReader, index_path, read_index
+from sdtrain.data.shard import ShardReader, ShardUnavailableError, index_path, read_index
 from sdtrain.data.shard_cache import ShardCache
 from sdtrain.data.storage import Location, RemoteFolder, is_url
 from sdtrain.errors import DataError
@@ -480,6 +480,11 @@ def read_takedown(manifest: Manifest) -> frozenset[str]:
             raise TypeError("keys must be a list of text")
     except FileNotFoundError:
         return frozenset()
+    except ShardUnavailableError as error:
+        raise DataError(
+            f"{error}. Whether there is a take-down list must be known: some stores tell only those who may list the "
+            'folder; allow that, or put {"keys": []} there'
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         path = str(manifest.path).rpartition("/")[0] + f"/{_TAKEDOWN}"
         raise DataError(f'{path}: not a take-down list ({error}); it holds {{"keys": ["...", ...]}}') from error

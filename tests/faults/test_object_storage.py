@@ -268,6 +268,10 @@ def test_manifests_and_lists_that_are_not_there(s3: Proxy) -> None:
         Manifest.load("s3://none/none.json")
     manifest = Manifest.load(MANIFEST)
     assert read_takedown(manifest) == frozenset()
+    s3.mode = "busy"
+    with pytest.raises(DataError, match=r"takedown.json: cannot be read: .* Whether there is a take-down list"):
+        read_takedown(manifest)
+    s3.mode = "well"
     files = s3.files
     files.pipe_file(f"{BUCKET}/data/takedown.json", json.dumps({"keys": ["k7"]}).encode())
     try:

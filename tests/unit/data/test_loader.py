@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sdtrain.data.loader import collate, train_loader, validation_loader
 from sdtrain.data.manifest import Manifest, describe_shard, write_manifest
 from sdtrain.data.plan import order_of
 from sdtrain.data.shard import ShardWriter
+from sdtrain.data.shard_cache import ShardCache
 from sdtrain.errors import ConfigError
 from sdtrain.records import Batch, DrawSpec
 
@@ -264,6 +266,28 @@ def test_validation_workers_live_until_close(manifest: Manifest):
     assert multiprocessing.active_children() == []
     with pytest.raises(ValueError, match="the validation loader is closed"):
         iter(loader)
+
+
+def test_files_and_threads_of_this_process_end_with_the_loader(manifest: Manifest, tmp_path: Path):
+    """A run builds a data set for every validation; none may leave a thread, or hold shards in the node's cache."""
+    cache = ShardCache(tmp_path, 2**30)
+    remote = Manifest.load(f"file://{manifest.path}", cache=cache)
+    before = {thread.name for thread in threading.enumerate()}
+
+    def held() -> int:
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return sum(link.readlink().is_relative_to(tmp_path) for link in links)
+
+    validation = validation_loader(
+        make(remote, shuffle=False), num_samples=20, batch_size=4, world_size=1, rank=0, num_workers=0, prefetch=1
+    )
+    training = train(make(remote))
+    for loader in (validation, training):
+        next(iter(loader))
+        assert held() > 0
+        loader.close()
+        assert held() == 0
+        assert {thread.name for thread in threading.enumerate()} == before
 
 
 def test_impossible_batches_are_refused_before_anything_starts(manifest: Manifest):
