@@ -1,4 +1,4 @@
-"""A real run over samples of three sizes: two ranks, stopped, gone on with by one, across the ends of epochs."""
+"""A real run over samples of three sizes, through the cache: two ranks, then one, across the ends of epochs."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def write_data(folder: Path) -> Path:
     return folder / "manifest.json"
 
 
-def run(world: Path, name: str, *legs: tuple[int, int]) -> RunDir:
-    """Train in legs of (ranks, steps until it ends)."""
+def run(world: Path, name: str, *legs: tuple[int, int], **data: str) -> RunDir:
+    """Train in legs of (ranks, steps until it ends); `data` changes the page."""
     folder = world / name
     folder.mkdir()
     page = tiny_page(
         folder,
         world / "data" / "manifest.json",
-        data={"num_workers": 1},
+        data={"num_workers": 1, **data},
         checkpoint={"every_steps": 100},
         validation={"every_steps": STEPS, "num_samples": 14, "batch_size": 4},
         optimizer={"lr_schedule": "constant"},
@@ -65,7 +65,8 @@ def losses(run: RunDir) -> dict[int, float]:
 def test_a_run_over_three_sizes_is_the_same_on_two_ranks_then_one(tmp_path: Path) -> None:
     write_data(tmp_path / "data")
     whole = run(tmp_path, "whole", (1, STEPS))
-    parts = run(tmp_path, "parts", (2, 5), (1, STEPS))
+    url, cache = f"file://{tmp_path}/data/manifest.json", str(tmp_path / "cache")
+    parts = run(tmp_path, "parts", (2, 5), (1, STEPS), manifest=url, cache_dir=cache)
     mine, theirs = losses(parts), losses(whole)
     assert sorted(mine) == sorted(theirs) == list(range(1, STEPS + 1))
     assert all(abs(mine[step] - theirs[step]) <= 1e-4 * abs(theirs[step]) for step in theirs)
