@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,10 +123,11 @@ class RemoteStore:
 
     def delete(self, name: str) -> None:
         """Remove a checkpoint, its manifest first, so that a half-removed one is none."""
-        files = self._listing(name).get(name, {})
         self._manifests.pop(name, None)
-        for file in sorted(files, key=lambda file: file != MANIFEST):
-            self._fs.rm_file(f"{self._root}/{name}/{file}")
+        if MANIFEST in self._listing(name).get(name, {}):
+            self._fs.rm_file(f"{self._root}/{name}/{MANIFEST}")
+        with suppress(FileNotFoundError):
+            self._fs.rm(f"{self._root}/{name}", recursive=True)
 
     def download(self, name: str, file: str, target: Path) -> Written:
         """Bring one file here, wait for the disk, and say what came."""

@@ -6,6 +6,9 @@ The protocol is the one of `protocol`: `begin` and `publish` are collective and 
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +20,8 @@ from typing import Any
 from sdtrain.checkpoints.host_buffers import HostBuffers
 from sdtrain.checkpoints.protocol import Begun, RankFile, Report, begin, compose, publish, putter, write
 from sdtrain.checkpoints.rankfile import tensor_bytes
+
+NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,12 @@ def _at_once(report: Report) -> Future[Report]:
     return done
 
 
+def _step_back() -> None:
+    """Let this thread have the cores that training leaves; on Linux a thread has a niceness of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
 class Saver:
     """Commits one checkpoint after the other, each rank its part.
 
@@ -64,7 +75,7 @@ class Saver:
         self._asynchronous = asynchronous
         self._on_stage = on_stage
         self._buffers = HostBuffers()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer", initializer=_step_back)
         self._flight: _Flight | None = None
 
     @property
