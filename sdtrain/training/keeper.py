@@ -183,7 +183,8 @@ class CheckpointKeeper:
         self.saved_step, self.parent = saved.step, folder_name(saved.step)
         if distributed.ranks().is_main:
             self._log_commit(Checkpoint.open(saved.path), stall_seconds=round(saved.stall_seconds, 3))
-            busy = {self.uploader.uploading} - {None} if self.uploader is not None else set()
+            uploading = None if self.uploader is None else self.uploader.uploading
+            busy = [] if uploading is None else [uploading]
             retain(self.run.checkpoints, self.retention, resumed_from=self.resumed_from, pinned=busy)
 
     def _log_commit(self, checkpoint: Checkpoint, **more: Any) -> None:
