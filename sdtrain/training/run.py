@@ -30,6 +30,7 @@ from sdtrain.config.run import TrainingConfig, grad_accum_steps
 from sdtrain.data.loader import train_loader
 from sdtrain.data.manifest import Manifest
 from sdtrain.data.plan import ORDER_VERSION
+from sdtrain.data.tombstones import TombstoneList
 from sdtrain.errors import ExitCode
 from sdtrain.records import Batch, Task
 from sdtrain.run_dir import RunDir, write_atomically
@@ -131,6 +132,7 @@ class Attempt:
         self.work = WorkClock(on_device=torch.cuda.is_available())
         self.preemption = Preemption(folder.path, watch_files=place.is_main, max_hours=trainer.max_hours)
         self.keeper: CheckpointKeeper | None = None
+        self.unreadable = TombstoneList(folder.tombstones)
         self.reporter: Reporter | None = None
         self.trainer: Trainer | None = None
         self.batches: Generator[tuple[int, int, Batch]] | None = None
@@ -351,6 +353,7 @@ class Attempt:
         def on_restart(step: int) -> None:
             if reporter.metrics is not None:
                 reporter.metrics = MetricsLog(self.folder, attempt=self.attempt, resumed_step=step)
+                reporter.goodput = Goodput.of(self.folder)
 
         return Trainer(
             task=task,
@@ -371,6 +374,7 @@ class Attempt:
             start_step=start,
             events=self._events(task, manifest, engines, keeper),
             on_report=self._report,
+            on_unreadable=self.unreadable.note,
             beat=self.beat,
             leaves_after=lambda step: self._leaves_after(step, keeper),
             on_sick=partial(write_record, self.folder.sick, self.attempt),
@@ -402,6 +406,7 @@ class Attempt:
         assert self.reporter is not None
         self.watched.check()
         self.reporter.report(report)
+        self.unreadable.write()
 
     def _learning_rate(self, task: Task, name: str, applied: int, max_steps: int) -> float:
         optimizer = self.config.optimizer

@@ -82,6 +82,7 @@ class Trainer:
         on_report: Callable[[Report], None] = lambda report: None,
         beat: Beat = lambda phase, step, micro_step: None,
         leaves_after: Callable[[int], bool] = lambda step: False,
+        on_unreadable: Callable[[int, Sequence[Tombstone]], None] = lambda step, tombstones: None,
         on_sick: Callable[[SickStep], Path | None] = lambda sick: None,
         roll_back: Callable[[int, int, str], Restart | None] = lambda first_sick_step, finished_steps, story: None,
     ) -> None:
@@ -89,6 +90,7 @@ class Trainer:
 
         Args:
             learning_rate: (trainable, applied steps) -> rate.
+            on_unreadable: Told of the samples of a step that this rank could not read.
             on_sick: Leaves a record of a thrown-away step; collective.
             roll_back: (steps before the sickness, finished steps, what happened) -> where to go on, or None where
                 there is nothing to go back to; collective.
@@ -104,6 +106,7 @@ class Trainer:
         self._on_report = on_report
         self._beat = beat
         self._leaves_after = leaves_after
+        self._on_unreadable = on_unreadable
         self._on_sick = on_sick
         self._roll_back = roll_back
         self._window = Window()
@@ -193,6 +196,7 @@ class Trainer:
             step, micro, batch = self._next()
             self._samples_read += len(batch)
             self.tombstones += batch.errors
+            self._on_unreadable(step, batch.errors)
             if step == self.step:
                 assert micro == len(self._read), "the loader and the loop count alike"
                 self._read.append(batch)
@@ -254,7 +258,6 @@ class Trainer:
 
     def _report(self) -> None:
         self._beat("report", self.step, 0)
-        self._refuse_too_many_tombstones()
         window, self._window = self._window, Window()
         self._on_report(
             Report(
@@ -270,6 +273,7 @@ class Trainer:
                 rollbacks=self._rollbacks,
             )
         )
+        self._refuse_too_many_tombstones()
 
     def _refuse_too_many_tombstones(self) -> None:
         """Stop on all ranks together when one rank could not read more samples than the config allows."""

@@ -71,5 +71,6 @@ def test_what_a_manifest_says(tmp_path: Path) -> None:
     assert not checkpoint.marked_corrupt
     (folder / "PINNED").touch()
     (folder / "CORRUPT").touch()
-    assert checkpoint.pinned
-    assert checkpoint.marked_corrupt
+    marked = Checkpoint.open(folder)
+    assert marked.pinned
+    assert marked.marked_corrupt

@@ -16,7 +16,7 @@ import torch
 from sdtrain.checkpoints.manifest import Checkpoint, list_checkpoints
 from sdtrain.config.load import load_training
 from sdtrain.records import Batch, LossOutput
-from sdtrain.run_dir import RunDir
+from sdtrain.run_dir import RunDir, read_json_lines
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
 from sdtrain.training.lr_schedule import learning_rate_at
 from sdtrain.training.metrics import MetricsLog, read_metrics
@@ -302,7 +302,12 @@ def test_a_lost_shard_ends_as_a_data_error(world: Path, tmp_path: Path, run: Run
     assert code == 3
     assert "samples of one rank could not be read; data.max_bad_fraction = 0.01 allows 1." in reason
     assert "train-00001.tar" in reason
-    assert sdtrain("train", page, "data.max_bad_fraction=0.9", f"run_dir={tmp_path / 'other'}") == 0
+    other = RunDir(tmp_path / "other")
+    assert sdtrain("train", page, "data.max_bad_fraction=0.9", f"run_dir={other.path}") == 0
+    for listed in (list(read_json_lines(run.tombstones)), list(read_json_lines(other.tombstones))):
+        assert listed
+        assert len({row["key"] for row in listed}) == len(listed)
+        assert all("train-00001.tar" in row["reason"] for row in listed)
 
 
 def test_a_disk_that_stays_full_ends_as_a_storage_error(

@@ -509,7 +509,7 @@ def test_too_many_unreadable_samples_end_the_run_by_name() -> None:
     with pytest.raises(DataError) as raised:
         trainer.fit()
     assert raised.value.exit_code == ExitCode.DATA == 3
-    assert [report.step for report in reports] == [2]
+    assert [report.step for report in reports] == [2, 4]
     assert str(raised.value) == (
         "3 of 8 samples of one rank could not be read; data.max_bad_fraction = 0.25 allows 2. "
         "The first ones of this rank:\n  4: torn\n  6: torn\n  7: torn\n"
@@ -518,9 +518,16 @@ def test_too_many_unreadable_samples_end_the_run_by_name() -> None:
 
 
 def test_few_unreadable_samples_do_not_end_the_run() -> None:
-    trainer = make({"denoiser": PlainEngine()}, bad=[4, 6], settings={"max_bad_fraction": 0.25})
+    told: list[tuple[int, list[str]]] = []
+    trainer = make(
+        {"denoiser": PlainEngine()},
+        bad=[4, 6],
+        settings={"max_bad_fraction": 0.25},
+        on_unreadable=lambda step, found: told.append((step, list(map(str, found)))),
+    )
     assert trainer.fit() is True
     assert [str(tombstone) for tombstone in trainer.tombstones] == ["4: torn", "6: torn"]
+    assert [news for news in told if news[1]] == [(2, ["4: torn"]), (3, ["6: torn"])]
 
 
 def test_a_single_unreadable_sample_never_ends_a_run() -> None:
