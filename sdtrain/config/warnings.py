@@ -22,6 +22,7 @@ def warnings(config: Section) -> list[str]:
                 *_trainer(config),
                 *_autoencoding(config),
                 *_guidance(config),
+                *_checkpoint(config),
             ]
         case IngestionConfig():
             found = list(_ingestion(config))
@@ -92,6 +93,15 @@ def _guidance(config: TrainingConfig) -> Iterator[str]:
             f"samples.guidance_scale = {config.samples.guidance_scale:g} means nothing: "
             "with task.condition_dropout = 0 the network never learns the empty condition"
         )
+
+
+def _checkpoint(config: TrainingConfig) -> Iterator[str]:
+    wanted = config.checkpoint
+    for key, default in (("best_by", "validation/loss"), ("best_is", "lowest")):
+        if wanted.keep_best is None and getattr(wanted, key) != default:
+            yield f"checkpoint.{key} has no effect: checkpoint.keep_best is null"
+    if wanted.upload_to is None and wanted.upload_keep != "all":
+        yield "checkpoint.upload_keep has no effect: checkpoint.upload_to is null"
 
 
 def _ingestion(config: IngestionConfig) -> Iterator[str]:

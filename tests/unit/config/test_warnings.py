@@ -46,6 +46,17 @@ CONFIGS = Path(__file__).parents[3] / "configs/sd15"
             ["data.cache_dir=/scratch"],
             "data.cache_dir has no effect: data.manifest is a file on this machine",
         ),
+        (
+            "train",
+            ["checkpoint.best_by=validation/accuracy"],
+            "checkpoint.best_by has no effect: checkpoint.keep_best is null",
+        ),
+        ("train", ["checkpoint.best_is=highest"], "checkpoint.best_is has no effect: checkpoint.keep_best is null"),
+        (
+            "train",
+            ["checkpoint.upload_keep=same"],
+            "checkpoint.upload_keep has no effect: checkpoint.upload_to is null",
+        ),
         ("tiny/train", ["data.prefetch=2"], "data.prefetch has no effect: data.num_workers is 0"),
         (
             "train",
