@@ -78,7 +78,7 @@ def test_a_flipped_bit_costs_two_steps_and_not_one_bit_of_the_result(
     (kept,) = run.checkpoints.glob("step-00000006.corrupt-*")
     assert (kept / "CORRUPT").read_text() == f"{STATE}: bytes were changed\n", "kept beside, for whoever looks into it"
     found = examine(run.path)
-    assert found.lineage.problems == [], "and the ledger still proves that every sample was seen once"
+    assert found.lineage.problems == (), "and the ledger still proves that every sample was seen once"
     assert found.lineage.links[-1].stop == 6 * 8
 
 
