@@ -133,7 +133,8 @@ def test_actors_are_made_once_and_lost_workers_are_replaced(world):
         mark.unlink()
     with RayExecutor(workers=2) as executor:
         assert world.run("actors", executor, needs=Needs(keeps_worker=True), crashes=1) == reference
-        assert world.marked("made") == 3  # two actors, and one for the one that died
+        # Two actors and one for the one that died; on a busy machine all is done before the second one has started.
+        assert world.marked("made") in (2, 3)
         assert world.marked("00001") == 2
         assert world.run("tasks", executor, crashes=3) == reference
         with pytest.raises(DataError, match=r"1 of 8 units failed\n  00001: the worker process was lost"):
