@@ -79,7 +79,7 @@ def test_a_flipped_bit_costs_two_steps_and_not_one_bit_of_the_result(
     assert (kept / "CORRUPT").read_text() == f"{STATE}: bytes were changed\n", "kept beside, for whoever looks into it"
     found = examine(run.path)
     assert found.lineage.problems == (), "and the ledger still proves that every sample was seen once"
-    assert found.lineage.links[-1].stop == 6 * 8
+    assert found.lineage.commits[-1].last == 6 * 8
 
 
 def everything(folder: Path) -> dict[str, tuple[int, int, str]]:
