@@ -291,7 +291,7 @@ def test_files_and_threads_of_this_process_end_with_the_loader(manifest: Manifes
         assert held() > 0
         loader.close()
         assert held() == 0
-        assert {thread.name for thread in threading.enumerate()} == before
+        assert {thread.name for thread in threading.enumerate()} <= before  # those of earlier tests may end meanwhile
 
 
 def test_impossible_batches_are_refused_before_anything_starts(manifest: Manifest):
