@@ -3,9 +3,10 @@
     python -m tests.faults.campaign --kills 200 --seed 1
 
 One run is the yardstick: two ranks of the real trainer, undisturbed. Then the same page is started again and again;
-every start is the next victim, until the run has come to its end and must hold the same bits as the yardstick. Between
-two starts a checkpoint may be damaged, or the next start may have another number of ranks; such a chain must see the
-same samples and end within 1e-4.
+every start is the next victim, until the run has come to its end and must hold the same bits as the yardstick. Now and
+then a rank meets an error of its own instead: in reading, in a loss, in a save, in a load, in a validation. Between two
+starts a checkpoint may be damaged, or the next start may have another number of ranks; such a chain must see the same
+samples and end within 1e-4.
 
 Ranks are forked from this process, which has imported everything: a cold start of two ranks would take twelve seconds.
 """
@@ -22,9 +23,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from rich.console import Console
@@ -38,6 +40,7 @@ from sdtrain.errors import ExitCode
 from sdtrain.run_dir import RunDir
 from sdtrain.training.engine import import_deepspeed
 from sdtrain.training.metrics import read_metrics
+from tests.faults.planted import PLACES, plant
 from tests.support import free_port, make_latent_manifest, tiny_page
 
 STEPS = 60
@@ -91,19 +94,24 @@ class Ground:
         folder.mkdir()
         trainer = {"max_steps": STEPS, "timeout_seconds": 30.0, "hang_timeout_seconds": STALL_SECONDS}
         self.page = tiny_page(
-            folder, manifest, trainer=trainer, checkpoint={"every_steps": 2, "keep_last": 3}, data={"batch_size": 4}
+            folder,
+            manifest,
+            trainer=trainer,
+            checkpoint={"every_steps": 2, "keep_last": 3},
+            data={"batch_size": 4},
+            validation={"every_steps": 10, "num_samples": 8, "batch_size": 2},
         )
         self.run = RunDir(folder / "run")
         self.token = f"{os.getpid()}-{folder.name}"
         self._log = folder / "ranks.log"
 
-    def start(self, world_size: int) -> Start:
-        """Fork the ranks of one start."""
+    def start(self, world_size: int, planted: Mapping[int, tuple[str, int]] = MappingProxyType({})) -> Start:
+        """Fork the ranks of one start; `planted` gives a rank the place and the call of its error."""
         sys.stdout.flush()
         port = free_port()
-        return Start([self._fork(rank, world_size, port) for rank in range(world_size)])
+        return Start([self._fork(rank, world_size, port, planted.get(rank)) for rank in range(world_size)])
 
-    def _fork(self, rank: int, world_size: int, port: int) -> int:
+    def _fork(self, rank: int, world_size: int, port: int, planted: tuple[str, int] | None) -> int:
         pid = os.fork()
         if pid:
             return pid
@@ -114,6 +122,8 @@ class Ground:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in place.items()})
             os.environ.update({"MASTER_ADDR": "127.0.0.1", MARK: self.token})
+            if planted:
+                plant(*planted)
             cli.main(["train", str(self.page)])
         except SystemExit as left:
             os._exit(int(left.code or 0))
@@ -335,7 +345,10 @@ class Campaign:
                 self.finish(ground, world_size)
                 break
             in_training = fruitless >= 2 or self.chance.random() < 0.75  # three starts for nothing are refused
-            self._disturb(ground, world_size, wait_for_commit=in_training)
+            if fruitless < 2 and self.chance.random() < 0.15:
+                self._err(ground, world_size)
+            else:
+                self._disturb(ground, world_size, wait_for_commit=in_training)
             fruitless = 0 if ground.newest_step() > before else fruitless + 1
             if self.chance.random() < 0.15:
                 self._damage(ground)
@@ -365,6 +378,17 @@ class Campaign:
         RUNNING[fault][0](alive, self.chance)
         start.wait()
         self._look_after(ground, fault, standing, newest)
+
+    def _err(self, ground: Ground, world_size: int) -> None:
+        """Start with an error planted in one rank, and see that all of them leave."""
+        place = self.chance.choice([*PLACES])
+        standing = {one.path.name for one in ground.committed()}
+        newest = ground.newest_step()
+        start = ground.start(
+            world_size, {self.chance.randrange(world_size): (place, self.chance.randrange(PLACES[place][2]))}
+        )
+        start.wait()
+        self._look_after(ground, f"error of one rank: {place}", standing, newest)
 
     def _look_after(self, ground: Ground, fault: str, standing: set[str], newest: int) -> None:
         word = ground.run.read_exit()
