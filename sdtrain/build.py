@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, assert_never
 
-import torch
-
 from sdtrain.autoencoders import kl
 from sdtrain.autoencoders.load import autoencoder_facts, load_autoencoder
 from sdtrain.conditioners.none import NoConditioner
@@ -35,6 +33,7 @@ from sdtrain.denoisers.load import load_unet
 from sdtrain.diffusion.process import DiffusionProcess
 from sdtrain.diffusion.timesteps import TimestepPhase, TimestepSampling
 from sdtrain.errors import ConfigError, DataError
+from sdtrain.nn.compilation import compile_blocks
 from sdtrain.records import DrawSpec, Task
 from sdtrain.tasks.autoencoding import AutoencodingTask
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
@@ -178,13 +177,15 @@ def forward_flops(task: Task) -> int | None:
 
 
 def prepare(network: unet.UNet, config: TrainingConfig) -> None:
-    """Checkpointing and compilation of the repeated blocks; parameter names stay as they are."""
-    trainer = config.trainer
-    network.set_gradient_checkpointing(trainer.gradient_checkpointing)
-    if trainer.compile:
-        torch._dynamo.config.recompile_limit = 64  # a UNet's blocks have some 15 shapes; at 8 the rest runs eagerly
-        for block in network.repeated_blocks():
-            block.compile()
+    """Recompute the repeated blocks in the backward pass where the page wants it."""
+    network.set_gradient_checkpointing(config.trainer.gradient_checkpointing)
+
+
+def compile_networks(task: Task, config: TrainingConfig) -> None:
+    """Compile what is trained where the page wants it, after DeepSpeed took it over and its weights are loaded."""
+    if config.trainer.compile:
+        for trainable in task.trainables.values():
+            compile_blocks(trainable.module, mode=config.trainer.compile_mode)
 
 
 def load_manifest(config: DataConfig) -> Manifest:

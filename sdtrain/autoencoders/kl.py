@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sdtrain.errors import ConfigError
+from sdtrain.nn.attention import SelfAttention2d
 from sdtrain.nn.blocks import BlockSettings, MidLevel, Signals
-from sdtrain.nn.resnet import Downsample2d, Upsample2d
+from sdtrain.nn.resnet import Downsample2d, ResnetBlock2d, Upsample2d
 
 DIFFUSERS_CLASS = "AutoencoderKL"
 OWN_CLASS = "sdtrain.AutoencoderKL"
@@ -112,6 +113,10 @@ class AutoencoderKL(nn.Module):
         """Reconstructions from posterior samples, and the moments; what training needs in one call."""
         moments = self.encode(images)
         return self.decode(self.posterior_sample(moments, noise).to(images.dtype)), moments
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The residual blocks and attentions: compiled in place, they cover nearly all of the work."""
+        return [m for m in self.modules() if isinstance(m, ResnetBlock2d | SelfAttention2d)]
 
     @staticmethod
     def posterior_mean(moments: Float[Tensor, "batch moments h w"]) -> Float[Tensor, "batch latent h w"]:

@@ -17,6 +17,7 @@ ALLOWED_ON_RESUME = (
     "trainer.max_epochs",
     "trainer.log_every_steps",
     "trainer.compile",
+    "trainer.compile_mode",
     "trainer.timeout_seconds",
     "trainer.hang_timeout_seconds",
     "trainer.max_hours",

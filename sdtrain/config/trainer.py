@@ -7,6 +7,8 @@ from typing import Literal
 from sdtrain.config.base import PositiveFloat, PositiveInt, Section
 
 Precision = Literal["fp32", "bf16", "fp16"]
+CompileMode = Literal["default", "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"]
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 class TrainerConfig(Section):
@@ -21,6 +23,9 @@ class TrainerConfig(Section):
         gradient_checkpointing: `blocks` recomputes them in the backward: far less memory, a quarter slower.
         reduce_bucket_size: Elements in one gradient reduction.
         overlap_comm: Reduce gradients while the backward goes on.
+        compile_mode: Of torch.compile: `max-autotune-no-cudagraphs` also times several kernels for each product at the
+            start. `reduce-overhead` and `max-autotune` record CUDA graphs: for small networks on a GPU, with neither
+            gradient accumulation nor gradient_checkpointing.
         oom_skip: Throw a step away also where a rank runs out of memory in its backward. Gradients are then reduced
             after each backward instead of during it, and stand whole on every rank until then; false ends such an
             attempt, and the next one resumes. In the forward it is always thrown away.
@@ -41,6 +46,7 @@ class TrainerConfig(Section):
     reduce_bucket_size: PositiveInt = 50_000_000
     overlap_comm: bool = False
     oom_skip: bool = False
+    compile_mode: CompileMode = "default"
     log_every_steps: PositiveInt = 10
     timeout_seconds: PositiveFloat = 1800.0
     hang_timeout_seconds: PositiveFloat | None = None

@@ -182,12 +182,7 @@ class UNet(nn.Module):
                 module.recompute = mode == "blocks"
 
     def repeated_blocks(self) -> list[nn.Module]:
-        """The residual blocks, transformers and attentions: compiled in place, they cover nearly all of the work.
-
-        Blocks of one kind share their code, not their shapes. torch compiles a piece of code for at most
-        `torch._dynamo.config.recompile_limit` shapes, by default 8, and silently runs the rest eagerly: raise it to the
-        number of blocks first.
-        """
+        """The residual blocks, transformers and attentions: compiled in place, they cover nearly all of the work."""
         return [m for m in self.modules() if isinstance(m, ResnetBlock2d | Transformer2d | SelfAttention2d)]
 
     def diffusers_config(self) -> dict[str, Any]:

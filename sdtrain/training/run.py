@@ -184,6 +184,7 @@ class Attempt:
             keeper.restore(checkpoint)
         elif source is not None and config.init_from is not None:
             keeper.fork(source, config.init_from.load)
+        build.compile_networks(task, config)
         max_steps = build.max_steps(config, manifest)
         self._write_down()
         self.reporter = self._reporter(task, start, max_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sdtrain.data.manifest import Manifest, ShardEntry
 from sdtrain.denoisers.unet import UNet
 from sdtrain.errors import ConfigError, DataError, ExitCode
 from sdtrain.nn.folders import write_folder
+from sdtrain.nn.resnet import ResnetBlock2d
 from sdtrain.tasks.autoencoding import AutoencodingTask
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
 from tests.support import make_latent_manifest, tiny_page
@@ -132,8 +134,8 @@ def unconditional(folder: Path) -> TrainingConfig:
     return load_training(path)
 
 
-def autoencoding(folder: Path) -> TrainingConfig:
-    path = tiny_page(folder, folder / "manifest.json")
+def autoencoding(folder: Path, **sections: dict[str, Any]) -> TrainingConfig:
+    path = tiny_page(folder, folder / "manifest.json", **sections)
     content = json.loads(path.read_text().split("\n", 1)[1])
     content["task"] = {"type": "autoencoding", "reconstruction": "l1", "kl_weight": 0.5}
     for name in ("denoiser", "conditioner", "process"):
@@ -195,22 +197,41 @@ def test_the_same_seed_builds_the_same_networks(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_prepare_checkpoints_and_compiles_the_repeated_blocks_under_their_names(
+def test_prepare_recomputes_the_repeated_blocks_where_the_page_wants_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled: list[str] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
-    config = page(tmp_path, trainer={"compile": True, "gradient_checkpointing": "blocks"})
+    config = page(tmp_path, trainer={"gradient_checkpointing": "blocks"})
     assert config.denoiser is not None
     network: UNet = build.build_denoiser(config.denoiser)
-    names, modes = list(network.state_dict()), []
+    modes: list[str] = []
     monkeypatch.setattr(network, "set_gradient_checkpointing", modes.append)
     build.prepare(network, config)
-    assert len(compiled) == len(network.repeated_blocks()) > 0
-    assert (list(network.state_dict()), modes) == (names, ["blocks"])
-    compiled.clear()
     build.prepare(network, page(tmp_path))
-    assert (compiled, modes) == ([], ["blocks", "none"])
+    assert modes == ["blocks", "none"]
+
+
+def test_what_is_trained_is_compiled_under_its_names_where_the_page_wants_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, mode, dynamic: compiled.append((type(self).__name__, mode))
+    )
+    wanted = {"compile": True, "compile_mode": "max-autotune-no-cudagraphs"}
+    denoising, encoding = page(tmp_path, trainer=wanted), autoencoding(tmp_path, trainer=wanted)
+    for config, name in ((denoising, "denoiser"), (encoding, "autoencoder")):
+        task = build.build_task(config, manifest())
+        module = task.trainables[name].module
+        names = list(module.state_dict())
+        build.compile_networks(task, config)
+        kinds = Counter(kind for kind, _ in compiled)
+        resnets = sum(isinstance(each, ResnetBlock2d) for each in module.modules())
+        assert kinds["ResnetBlock2d"] == resnets > 0
+        assert {mode for _, mode in compiled} == {"max-autotune-no-cudagraphs"}
+        assert list(module.state_dict()) == names
+        compiled.clear()
+    build.compile_networks(build.build_task(page(tmp_path), manifest()), page(tmp_path))
+    assert compiled == []
 
 
 # Data -----------------------------------------------------------------------------------------------------------------

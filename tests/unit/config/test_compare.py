@@ -47,6 +47,7 @@ def test_other_kinds_of_a_section_differ_key_by_key() -> None:
         "trainer.max_steps=100",
         "trainer.log_every_steps=7",
         "trainer.compile=true",
+        "trainer.compile_mode=reduce-overhead",
         "trainer.timeout_seconds=90",
         "trainer.hang_timeout_seconds=30",
         "trainer.max_hours=0.5",
@@ -109,8 +110,8 @@ def test_refusal_names_everything_and_the_ways_out() -> None:
         "  optimizer.learning_rate: 0.001 -> 1.0\n"
         "Set these keys back, or start another run: run_dir=NEW_FOLDER. A resumed run may change name, run_dir, "
         "trainer.max_steps, trainer.max_epochs, trainer.log_every_steps, trainer.compile, "
-        "trainer.timeout_seconds, trainer.hang_timeout_seconds, trainer.max_hours, data.num_workers, "
-        "data.prefetch, data.read_retries, data.cache_dir, data.cache_gib, data.ram_cache_gib, data.micro_batch_size, "
+        "trainer.compile_mode, trainer.timeout_seconds, trainer.hang_timeout_seconds, trainer.max_hours, "
+        "data.num_workers, data.prefetch, data.read_retries, data.cache_dir, data.cache_gib, data.ram_cache_gib, data.micro_batch_size, "
         "task.loss_bins, trainer.oom_skip, health, checkpoint, validation, samples, tracking."
     )
 
