@@ -20,12 +20,12 @@ class TrainerConfig(Section):
         precision: Working precision of the trained network; the master weights, moments and EMA are fp32 always.
         zero_stage: DeepSpeed's partitioning; only stage 2 is checkpointed by sdtrain.
         compile: Compile the repeated blocks in place; minutes at the start, about a quarter faster on a GPU.
-        gradient_checkpointing: `blocks` recomputes them in the backward: far less memory, a quarter slower.
-        reduce_bucket_size: Elements in one gradient reduction.
-        overlap_comm: Reduce gradients while the backward goes on.
         compile_mode: Of torch.compile: `max-autotune-no-cudagraphs` also times several kernels for each product at the
             start. `reduce-overhead` and `max-autotune` record CUDA graphs: for small networks on a GPU, with neither
             gradient accumulation nor gradient_checkpointing.
+        gradient_checkpointing: `blocks` recomputes them in the backward: far less memory, a quarter slower.
+        reduce_bucket_size: Elements in one gradient reduction.
+        overlap_comm: Reduce gradients while the backward goes on.
         oom_skip: Throw a step away also where a rank runs out of memory in its backward. Gradients are then reduced
             after each backward instead of during it, and stand whole on every rank until then; false ends such an
             attempt, and the next one resumes. In the forward it is always thrown away.
@@ -42,11 +42,11 @@ class TrainerConfig(Section):
     precision: Precision
     zero_stage: Literal[2] = 2
     compile: bool = False
+    compile_mode: CompileMode = "default"
     gradient_checkpointing: Literal["none", "blocks"] = "none"
     reduce_bucket_size: PositiveInt = 50_000_000
     overlap_comm: bool = False
     oom_skip: bool = False
-    compile_mode: CompileMode = "default"
     log_every_steps: PositiveInt = 10
     timeout_seconds: PositiveFloat = 1800.0
     hang_timeout_seconds: PositiveFloat | None = None
