@@ -17,7 +17,10 @@ class TrainerConfig(Section):
     Attributes:
         max_steps: Optimiser steps of the whole run.
         max_epochs: Passes over the training split; the steps follow from its size.
-        precision: Working precision of the trained network; the master weights, moments and EMA are fp32 always.
+        precision: Working precision of the denoiser and of what it is told; master weights, moments, EMA and the sum
+            of gradients over micro-steps are fp32 always, and so are autoencoders, trained or not.
+        reduce_precision: In which gradients are summed over the ranks: fp32, or the `working` precision, which moves
+            half as much between nodes and rounds once per rank.
         zero_stage: DeepSpeed's partitioning; only stage 2 is checkpointed by sdtrain.
         compile: Compile the repeated blocks in place; minutes at the start, about a quarter faster on a GPU.
         compile_mode: Of torch.compile: `max-autotune-no-cudagraphs` also times several kernels for each product at the
@@ -40,6 +43,7 @@ class TrainerConfig(Section):
     max_steps: PositiveInt | None = None
     max_epochs: PositiveInt | None = None
     precision: Precision
+    reduce_precision: Literal["fp32", "working"] = "fp32"
     zero_stage: Literal[2] = 2
     compile: bool = False
     compile_mode: CompileMode = "default"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdtrain import distributed
 from sdtrain.checkpoints.partitions import MasterPartitions
-from sdtrain.errors import RequeueRequest
+from sdtrain.errors import ConfigError, RequeueRequest
 from sdtrain.records import Precision
 from sdtrain.training.ema import ShardedEma
 from sdtrain.training.health import agree, for_keeps, is_out_of_memory
@@ -42,6 +42,23 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def refuse_unsupported(precision: Precision) -> None:
+    """Let nothing but what DeepSpeed trains on this device pass.
+
+    Raises:
+        ConfigError: The device has no instructions for this precision.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    here = get_accelerator()
+    if DTYPES[precision] not in here.supported_dtypes():
+        fit = ", ".join(name for name, dtype in DTYPES.items() if dtype in here.supported_dtypes())
+        raise ConfigError(
+            f"trainer.precision = {precision}: DeepSpeed does not train in it on this device ({here.device_name()}), "
+            f"which has {fit}; set trainer.precision to one of these"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
     """What one engine needs to know; plain values, so that tests build it without a config page."""
@@ -49,6 +66,7 @@ class EngineSettings:
     micro_batch_size: int
     grad_accum_steps: int
     precision: Precision = "fp32"
+    reduce_precision: Literal["fp32", "working"] = "fp32"
     zero_stage: int = 2
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -61,27 +79,76 @@ class EngineSettings:
     ema_decay: float | None = 0.9999
 
     def deepspeed_config(self, world_size: int) -> dict[str, Any]:
-        """DeepSpeed's own page. Everything whose default has changed between releases is written out."""
+        """DeepSpeed's own page; every default that can change a number is written out, since several did change.
+
+        0.19.3 turned `bf16.check_grad_overflow` on and `gradient_clipping` from 0 to 1; buffers once took the working
+        precision; `overlap_comm`, the bucket sizes and the dtype of reduction depend on stage and precision.
+        """
         return {
             "train_batch_size": self.micro_batch_size * self.grad_accum_steps * world_size,
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.grad_accum_steps,
+            "managed_gradient_accumulation": True,
             "gradient_clipping": self.gradient_clip_norm or 0.0,
-            "bf16": {"enabled": self.precision == "bf16", "check_grad_overflow": True},
-            "fp16": {"enabled": self.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
-            "data_types": {"grad_accum_dtype": "fp32"},
+            "gradient_allreduce_op": "mean",
+            "prescale_gradients": False,
+            "gradient_predivide_factor": 1.0,
+            "communication_data_type": self.precision if self.reduce_precision == "working" else "fp32",
+            **self._precision_config(),
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {
-                "stage": self.zero_stage,
-                "overlap_comm": self.overlap_comm,
-                "reduce_bucket_size": self.reduce_bucket_size,
-                "allgather_bucket_size": self.reduce_bucket_size,
-                "contiguous_gradients": True,
-                "round_robin_gradients": False,
-                "parameter_alignment": False,
-            },
+            "zero_optimization": self._zero_config(),
             "steps_per_print": 2**31,
+            "wall_clock_breakdown": False,
             "comms_logger": {"enabled": False},
+        }
+
+    def _precision_config(self) -> dict[str, Any]:
+        """Working weights in `precision`; master, moments and the sum over micro-steps in fp32; buffers as they are."""
+        return {
+            "bf16": {
+                "enabled": self.precision == "bf16",
+                "immediate_grad_update": False,
+                "check_grad_overflow": True,
+                "bf16_master_weights_and_grads": False,
+                "bf16_optimizer_states": False,
+            },
+            "fp16": {
+                "enabled": self.precision == "fp16",
+                "auto_cast": False,
+                "loss_scale": 0,  # dynamic
+                "initial_scale_power": 16,
+                "loss_scale_window": 1000,
+                "hysteresis": 2,
+                "consecutive_hysteresis": False,
+                "min_loss_scale": 1,
+                "fp16_master_weights_and_grads": False,
+            },
+            "data_types": {
+                "grad_accum_dtype": "fp32",
+                "param_dtype": self.precision,
+                "buffer_dtype": None,
+                "keep_in_fp32_modules": [],
+            },
+            "torch_autocast": {"enabled": False},
+        }
+
+    def _zero_config(self) -> dict[str, Any]:
+        """What concerns stage 2 without offloading; `compute_grad_norm` is also what finds NaN in fp32."""
+        return {
+            "stage": self.zero_stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": self.reduce_bucket_size,
+            "use_multi_rank_bucket_allreduce": True,
+            "allgather_partitions": True,
+            "allgather_bucket_size": self.reduce_bucket_size,
+            "overlap_comm": self.overlap_comm,
+            "compute_grad_norm": True,
+            "ignore_unused_parameters": True,
+            "round_robin_gradients": False,
+            "parameter_alignment": False,
+            "legacy_stage1": False,
+            "zero_quantized_gradients": False,
         }
 
 
@@ -126,6 +193,7 @@ class Engine:
 
     def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
         deepspeed = import_deepspeed()
+        refuse_unsupported(settings.precision)
         self.settings = settings
         self.applied_steps = 0
         self._micro_steps = 0

@@ -232,6 +232,7 @@ class Attempt:
                 micro_batch_size=config.data.micro_batch_size,
                 grad_accum_steps=accumulation,
                 precision=trainable.precision or config.trainer.precision,
+                reduce_precision=config.trainer.reduce_precision,
                 zero_stage=config.trainer.zero_stage,
                 betas=config.optimizer.betas,
                 eps=config.optimizer.eps,

@@ -69,6 +69,22 @@ CONFIGS = Path(__file__).parents[3] / "configs/sd15"
             ["trainer.precision=bf16"],
             "trainer.precision = bf16 has no effect: autoencoders are trained in fp32",
         ),
+        (
+            "train",
+            ["trainer.precision=fp16"],
+            "trainer.precision = fp16 is for GPUs without bf16 (V100, T4): its range is small, and steps that overflow "
+            "are thrown away until the loss scale fits; anywhere else bf16 is as fast and needs no scale",
+        ),
+        (
+            "train",
+            ["trainer.precision=fp32", "trainer.reduce_precision=working"],
+            "trainer.reduce_precision = working has no effect: trainer.precision is fp32, so gradients are fp32",
+        ),
+        (
+            "autoencoder",
+            ["trainer.reduce_precision=working"],
+            "trainer.reduce_precision = working has no effect: task.type is autoencoding, so gradients are fp32",
+        ),
         ("autoencoder", ["conditioner={type: none}"], "conditioner has no effect: task.type is autoencoding"),
         (
             "data",
