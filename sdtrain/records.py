@@ -22,16 +22,24 @@ class Conditioning:
         mask: (batch, length) bool, True where a token may be attended to; None attends to all.
         vector: (batch, width) added to the time embedding.
         spatial: (batch, channels, height, width) concatenated to the latents.
+        labels: (batch,) int64, a class each; the number of classes stands for none.
     """
 
     tokens: Tensor | None = None
     mask: Tensor | None = None
     vector: Tensor | None = None
     spatial: Tensor | None = None
+    labels: Tensor | None = None
 
     def parts(self) -> dict[str, Tensor]:
         """The parts that are present, by name."""
-        named = {"tokens": self.tokens, "mask": self.mask, "vector": self.vector, "spatial": self.spatial}
+        named = {
+            "tokens": self.tokens,
+            "mask": self.mask,
+            "vector": self.vector,
+            "spatial": self.spatial,
+            "labels": self.labels,
+        }
         return {name: part for name, part in named.items() if part is not None}
 
     def cat(self, other: Conditioning) -> Conditioning:

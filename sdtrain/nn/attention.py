@@ -43,19 +43,29 @@ class Attention(nn.Module):
         num_heads: Number of heads; divides `width`.
         context_dim: Width of the context; None makes it self-attention.
         normalize_context: Layer-norm the context first (diffusers' `cross_attention_norm="layer_norm"`).
+        bias: Queries, keys and values have a bias (DiT).
+        dropout: Probability of dropping a channel of the result while training.
     """
 
     def __init__(
-        self, *, width: int, num_heads: int, context_dim: int | None = None, normalize_context: bool = False
+        self,
+        *,
+        width: int,
+        num_heads: int,
+        context_dim: int | None = None,
+        normalize_context: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         key_width = width if context_dim is None else context_dim
         self.num_heads = num_heads
         self.norm_cross = nn.LayerNorm(key_width) if normalize_context else None
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(key_width, width, bias=False)
-        self.to_v = nn.Linear(key_width, width, bias=False)
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(key_width, width, bias=bias)
+        self.to_v = nn.Linear(key_width, width, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(
         self,
@@ -69,7 +79,7 @@ class Attention(nn.Module):
         elif self.norm_cross is not None:
             context = self.norm_cross(context)
         mixed = attend(self.to_q(tokens), self.to_k(context), self.to_v(context), num_heads=self.num_heads, mask=mask)
-        return self.to_out[0](mixed)
+        return self.dropout(self.to_out[0](mixed))
 
 
 class SelfAttention2d(nn.Module):
@@ -119,15 +129,16 @@ class GatedGelu(nn.Module):
 
 
 class PlainGelu(nn.Module):
-    """Linear, then GELU."""
+    """Linear, then GELU, exact or in its approximation by tanh."""
 
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, width: int, inner: int, approximate: Literal["none", "tanh"] = "none") -> None:
         super().__init__()
+        self.approximate: Literal["none", "tanh"] = approximate
         self.proj = nn.Linear(width, inner)
 
     def forward(self, tokens: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch inner"]:
         """GELU of the projection."""
-        return F.gelu(self.proj(tokens))
+        return F.gelu(self.proj(tokens), approximate=self.approximate)
 
 
 class FeedForward(nn.Module):
@@ -135,17 +146,26 @@ class FeedForward(nn.Module):
 
     Args:
         width: Width of the tokens.
-        activation: `geglu` (Stable Diffusion) or `gelu`.
+        activation: `geglu` (Stable Diffusion), `gelu`, or `gelu_tanh` (DiT).
+        dropout: Probability of dropping an inner channel while training.
     """
 
-    def __init__(self, *, width: int, activation: Literal["geglu", "gelu"]) -> None:
+    def __init__(self, *, width: int, activation: Literal["geglu", "gelu", "gelu_tanh"], dropout: float = 0.0) -> None:
         super().__init__()
-        first = GatedGelu(width, 4 * width) if activation == "geglu" else PlainGelu(width, 4 * width)
-        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * width, width)])  # diffusers' indices 0 and 2
+        inner = 4 * width
+        match activation:
+            case "geglu":
+                first = GatedGelu(width, inner)
+            case "gelu":
+                first = PlainGelu(width, inner)
+            case "gelu_tanh":
+                first = PlainGelu(width, inner, approximate="tanh")
+        drop = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.net = nn.ModuleList([first, drop, nn.Linear(inner, width)])  # diffusers' indices 0 and 2
 
     def forward(self, tokens: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """Transform every token by itself."""
-        return self.net[2](self.net[0](tokens))
+        return self.net[2](self.net[1](self.net[0](tokens)))
 
 
 class TransformerBlock(nn.Module):
