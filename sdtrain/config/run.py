@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from sdtrain.config.autoencoder import AutoencoderConfig
 from sdtrain.config.base import NonEmptyStr, NonNegativeInt, SchemaVersion, Section
@@ -22,7 +22,7 @@ from sdtrain.config.process import ProcessConfig
 from sdtrain.config.samples import SamplesConfig
 from sdtrain.config.task import LatentDiffusionTask, TaskConfig
 from sdtrain.config.tracking import TrackingConfig
-from sdtrain.config.trainer import TrainerConfig
+from sdtrain.config.trainer import CUDA_GRAPH_MODES, CompileMode, TrainerConfig
 from sdtrain.config.validation import ValidationConfig
 from sdtrain.errors import ConfigError
 
@@ -160,6 +160,24 @@ def a_step_hangs_before_its_peers_give_up(trainer: TrainerConfig) -> Iterator[Pr
     if trainer.step_timeout_seconds > trainer.timeout_seconds:
         limit = trainer.timeout_seconds
         yield Problem("trainer.hang_timeout_seconds", f"must be <= trainer.timeout_seconds = {limit:g}")
+
+
+def compiled_blocks_record_no_cuda_graphs(trainer: TrainerConfig, data: DataConfig) -> Iterator[Problem]:
+    """What a graph wrote stands in its own memory until it runs again: too early here, and in silence."""
+    if not trainer.compile or trainer.compile_mode not in CUDA_GRAPH_MODES:
+        return
+    reasons = ["overwrite each other's outputs where blocks are compiled one by one (pytorch issue 152887)"]
+    if data.micro_batch_size < data.batch_size or trainer.oom_skip:
+        reasons.append(
+            "overwrite gradients that are added up over micro-steps or wait for their reduction (issues 96693, 169545)"
+        )
+    if trainer.gradient_checkpointing == "blocks":
+        reasons.append("fail when gradient_checkpointing runs them twice (issue 154306)")
+    allowed = [mode for mode in get_args(CompileMode) if mode not in CUDA_GRAPH_MODES]
+    yield Problem(
+        "trainer.compile_mode",
+        f"records CUDA graphs, which {', '.join(reasons)}; allowed are {' and '.join(allowed)}",
+    )
 
 
 def warmup_ends_before_the_run(optimizer: OptimizerConfig, trainer: TrainerConfig) -> Iterator[Problem]:
@@ -375,6 +393,7 @@ TRAINING_RULES = (
     object_storage_has_a_cache,
     one_length_of_the_run,
     a_step_hangs_before_its_peers_give_up,
+    compiled_blocks_record_no_cuda_graphs,
     warmup_ends_before_the_run,
     warmup_rises,
     diffusion_needs_its_sections,

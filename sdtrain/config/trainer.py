@@ -23,9 +23,8 @@ class TrainerConfig(Section):
             half as much between nodes and rounds once per rank.
         zero_stage: DeepSpeed's partitioning; only stage 2 is checkpointed by sdtrain.
         compile: Compile the repeated blocks in place; minutes at the start, about a quarter faster on a GPU.
-        compile_mode: Of torch.compile: `max-autotune-no-cudagraphs` also times several kernels for each product at the
-            start. `reduce-overhead` and `max-autotune` record CUDA graphs: for small networks on a GPU, with neither
-            gradient accumulation nor gradient_checkpointing.
+        compile_mode: Of torch.compile; `max-autotune-no-cudagraphs` also times several kernels for every product at
+            the start. `reduce-overhead` and `max-autotune` are refused: their CUDA graphs overwrite what is still read.
         gradient_checkpointing: `blocks` recomputes them in the backward: far less memory, a quarter slower.
         reduce_bucket_size: Elements in one gradient reduction.
         overlap_comm: Reduce gradients while the backward goes on.

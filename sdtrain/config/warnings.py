@@ -63,6 +63,8 @@ def _trainer(config: TrainingConfig) -> Iterator[str]:
             every_steps = section.every_steps
             yield f"{name}.every_steps = {every_steps} is beyond trainer.max_steps = {max_steps}: only the end counts"
     yield from _precision(config)
+    if not config.trainer.compile and config.trainer.compile_mode != "default":
+        yield "trainer.compile_mode has no effect: trainer.compile is false"
     if config.data.num_workers == 0 and _is_set(config.data, "prefetch"):
         yield "data.prefetch has no effect: data.num_workers is 0"
     if not isinstance(config.data.manifest, str):

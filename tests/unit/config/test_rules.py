@@ -55,6 +55,19 @@ def page(tmp_path: Path, text: str) -> Path:
             "data.micro_batch_size = 5 (command line): must divide data.batch_size = 12; allowed are 1, 2, 3, 4, 6, 12",
         ),
         (
+            ["trainer.compile=true", "trainer.compile_mode=reduce-overhead", "data.micro_batch_size=12"],
+            'trainer.compile_mode = "reduce-overhead" (command line): records CUDA graphs, which overwrite each other\'s '
+            "outputs where blocks are compiled one by one (pytorch issue 152887); "
+            "allowed are default and max-autotune-no-cudagraphs",
+        ),
+        (
+            ["trainer.compile=true", "trainer.compile_mode=max-autotune", "trainer.gradient_checkpointing=blocks"],
+            'trainer.compile_mode = "max-autotune" (command line): records CUDA graphs, which overwrite each other\'s '
+            "outputs where blocks are compiled one by one (pytorch issue 152887), overwrite gradients that are added up "
+            "over micro-steps or wait for their reduction (issues 96693, 169545), fail when gradient_checkpointing runs "
+            "them twice (issue 154306); allowed are default and max-autotune-no-cudagraphs",
+        ),
+        (
             ["data.manifest=s3://bucket/m.json"],
             "data.cache_dir (line 3): is missing; shards of object storage are read through a folder on the node's own "
             "disk, for example cache_dir: /scratch/sdtrain",
@@ -215,6 +228,8 @@ def test_what_the_rules_leave_alone(tmp_path: Path) -> None:
     path = page(tmp_path, TRAINING)
     load_training(path, ["process.beta_schedule=cosine", "process.beta_start=0.5"])
     load_training(path, ["denoiser={type: unet, weights: some/unet}", "conditioner.arch.hidden_size=64"])
+    load_training(path, ["trainer.compile=true", "trainer.compile_mode=max-autotune-no-cudagraphs"])
+    load_training(path, ["trainer.compile=false", "trainer.compile_mode=reduce-overhead"])
     autoencoding = ["task={type: autoencoding}", "denoiser=null", "conditioner=null", "process=null"]
     assert load_training(path, autoencoding).denoiser is None
 

@@ -57,6 +57,11 @@ CONFIGS = Path(__file__).parents[3] / "configs/sd15"
             ["checkpoint.upload_keep=same"],
             "checkpoint.upload_keep has no effect: checkpoint.upload_to is null",
         ),
+        (
+            "train",
+            ["trainer.compile=false", "trainer.compile_mode=reduce-overhead"],
+            "trainer.compile_mode has no effect: trainer.compile is false",
+        ),
         ("tiny/train", ["data.prefetch=2"], "data.prefetch has no effect: data.num_workers is 0"),
         (
             "train",
