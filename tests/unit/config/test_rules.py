@@ -40,6 +40,11 @@ run: runs/x
 output: out
 """
 
+CUDA_GRAPHS = (
+    "records CUDA graphs, which overwrite each other's outputs where blocks are compiled one by one "
+    "(pytorch issue 152887)"
+)
+
 
 def page(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "page.yaml"
@@ -56,16 +61,14 @@ def page(tmp_path: Path, text: str) -> Path:
         ),
         (
             ["trainer.compile=true", "trainer.compile_mode=reduce-overhead", "data.micro_batch_size=12"],
-            'trainer.compile_mode = "reduce-overhead" (command line): records CUDA graphs, which overwrite each other\'s '
-            "outputs where blocks are compiled one by one (pytorch issue 152887); "
+            f'trainer.compile_mode = "reduce-overhead" (command line): {CUDA_GRAPHS}; '
             "allowed are default and max-autotune-no-cudagraphs",
         ),
         (
             ["trainer.compile=true", "trainer.compile_mode=max-autotune", "trainer.gradient_checkpointing=blocks"],
-            'trainer.compile_mode = "max-autotune" (command line): records CUDA graphs, which overwrite each other\'s '
-            "outputs where blocks are compiled one by one (pytorch issue 152887), overwrite gradients that are added up "
-            "over micro-steps or wait for their reduction (issues 96693, 169545), fail when gradient_checkpointing runs "
-            "them twice (issue 154306); allowed are default and max-autotune-no-cudagraphs",
+            f'trainer.compile_mode = "max-autotune" (command line): {CUDA_GRAPHS}, overwrite gradients that are added '
+            "up over micro-steps or wait for their reduction (issues 96693, 169545), fail when gradient_checkpointing "
+            "runs them twice (issue 154306); allowed are default and max-autotune-no-cudagraphs",
         ),
         (
             ["data.manifest=s3://bucket/m.json"],
