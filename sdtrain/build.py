@@ -17,7 +17,7 @@ from sdtrain.conditioners.text import (
 from sdtrain.config.autoencoder import AutoencoderConfig
 from sdtrain.config.conditioner import ClipTextConfig, ConditionerConfig, NoConditionerConfig
 from sdtrain.config.data import DataConfig
-from sdtrain.config.denoiser import DenoiserConfig
+from sdtrain.config.denoiser import DenoiserConfig, DiTConfig, UNetConfig
 from sdtrain.config.process import ProcessConfig
 from sdtrain.config.run import TrainingConfig
 from sdtrain.config.task import AutoencodingTask as AutoencodingConfig
@@ -28,8 +28,8 @@ from sdtrain.data.manifest import Manifest, bytes_in_use, check_fingerprint
 from sdtrain.data.plan import order_of
 from sdtrain.data.shard_cache import ShardCache
 from sdtrain.data.storage import is_url
-from sdtrain.denoisers import unet
-from sdtrain.denoisers.load import load_unet
+from sdtrain.denoisers import dit, unet
+from sdtrain.denoisers.load import Denoiser, load_dit, load_unet
 from sdtrain.diffusion.process import DiffusionProcess
 from sdtrain.diffusion.timesteps import TimestepPhase, TimestepSampling
 from sdtrain.errors import ConfigError, DataError
@@ -60,14 +60,36 @@ def build_autoencoder(config: AutoencoderConfig) -> kl.AutoencoderKL:
     return kl.AutoencoderKL(**kwargs)
 
 
-def build_denoiser(config: DenoiserConfig) -> unet.UNet:
+def build_denoiser(config: DenoiserConfig) -> Denoiser:
     """The denoiser that the page names, with fresh weights unless it names some."""
-    if config.weights is not None:
-        return load_unet(config.weights)
-    if config.preset is not None:
-        return unet.UNet(**unet.PRESETS[config.preset])
-    assert config.arch is not None, "the page's rules ask for weights, preset or arch"
-    return unet.UNet(**config.arch.model_dump())
+    match config:
+        case UNetConfig(weights=str() as weights):
+            return load_unet(weights)
+        case UNetConfig(preset=str() as preset):
+            return unet.UNet(**unet.PRESETS[preset])
+        case UNetConfig(arch=arch):
+            assert arch is not None, "the page's rules ask for weights, preset or arch"
+            return unet.UNet(**arch.model_dump())
+        case DiTConfig(weights=str() as weights):
+            return load_dit(weights)
+        case DiTConfig(preset=str()):
+            return dit.DiT(**_preset_for_data(config))
+        case DiTConfig(arch=arch):
+            assert arch is not None, "the page's rules ask for weights, preset or arch"
+            return dit.DiT(**arch.model_dump())
+        case _:
+            assert_never(config)
+
+
+def _preset_for_data(config: DiTConfig) -> dict[str, Any]:
+    """A preset's size with the data's conditions and latents."""
+    assert config.preset is not None
+    kwargs = dict(dit.PRESETS[config.preset])
+    if config.context_dim is not None:
+        kwargs |= {"context_dim": config.context_dim, "num_classes": None}
+    if config.sample_size is not None:
+        kwargs["sample_size"] = config.sample_size
+    return kwargs
 
 
 def build_conditioner(config: ConditionerConfig, *, seed: int = 0) -> ClipTextConditioner | NoConditioner:
@@ -145,6 +167,12 @@ def _latent_diffusion(config: TrainingConfig, task: LatentDiffusionConfig, manif
     denoiser = build_denoiser(config.denoiser)
     prepare(denoiser, config)
     channels, height, width = field_shape(manifest, "moments")
+    if denoiser.out_channels != channels // 2:
+        raise ConfigError(
+            f"denoiser: predicts {denoiser.out_channels} channels, the latents in {manifest.path} have "
+            f"{channels // 2}; choose a network with as many (one that also predicts variances has twice as many, "
+            "and is not trained here)"
+        )
     match task.loss_weighting:
         case NoWeighting():
             gamma = None
@@ -176,7 +204,7 @@ def forward_flops(task: Task) -> int | None:
     return task.forward_flops() if isinstance(task, LatentDiffusionTask) else None
 
 
-def prepare(network: unet.UNet, config: TrainingConfig) -> None:
+def prepare(network: Denoiser, config: TrainingConfig) -> None:
     """Recompute the repeated blocks in the backward pass where the page wants it."""
     network.set_gradient_checkpointing(config.trainer.gradient_checkpointing)
 

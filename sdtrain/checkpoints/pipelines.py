@@ -24,16 +24,17 @@ from sdtrain.conditioners.text import ClipTextConditioner, build_tokenizer, load
 from sdtrain.config.conditioner import ClipTextConfig
 from sdtrain.config.run import TrainingConfig
 from sdtrain.data.manifest import Manifest
-from sdtrain.denoisers.unet import UNet
+from sdtrain.denoisers.load import Denoiser, read_denoiser
 from sdtrain.diffusion.process import DiffusionProcess
 from sdtrain.diffusion.schedules import betas
 from sdtrain.errors import CheckpointError, ConfigError
-from sdtrain.nn.folders import load_strictly, read_folder
+from sdtrain.nn.folders import CONFIG_FILE, load_strictly
 
 MODEL_INDEX = "model_index.json"
 FACTS = "sdtrain.json"
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-_AUTOENCODER_PARTS = ("vae", "vqvae")  # StableDiffusionPipeline's name, LDMPipeline's name
+_AUTOENCODER_PARTS = ("vae", "vqvae")  # StableDiffusionPipeline's and DiTPipeline's name, LDMPipeline's name
+_DENOISER_PARTS = ("unet", "transformer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class LoadedPipeline:
     """All networks of a text-to-image system, on the CPU, in evaluation mode.
 
     Attributes:
-        unet: The denoiser.
+        denoiser: The trained network.
         autoencoder: Decodes its latents.
         conditioner: Encodes prompts; tells nothing in an unconditional system.
         tokenizer: Prompts -> tokens; None in an unconditional system.
@@ -52,7 +53,7 @@ class LoadedPipeline:
         is_ema: Whether they are averaged weights; None where the folder does not say.
     """
 
-    unet: UNet
+    denoiser: Denoiser
     autoencoder: AutoencoderKL
     conditioner: ClipTextConditioner | NoConditioner
     tokenizer: CLIPTokenizer | None
@@ -64,7 +65,7 @@ class LoadedPipeline:
 
     def modules(self) -> dict[str, nn.Module]:
         """The networks by name."""
-        return {"unet": self.unet, "autoencoder": self.autoencoder, "conditioner": self.conditioner}
+        return {"denoiser": self.denoiser, "autoencoder": self.autoencoder, "conditioner": self.conditioner}
 
     def weights_sha256(self) -> str:
         """One digest of every network's weights, the same for a checkpoint and its float32 export."""
@@ -102,17 +103,17 @@ def from_checkpoint(
         )
     with torch.random.fork_rng(devices=[]):  # frozen parts without stored weights must be those of the training
         torch.manual_seed(config.seed)
-        unet = build.build_denoiser(config.denoiser)
+        denoiser = build.build_denoiser(config.denoiser)
         conditioner = build.build_conditioner(config.conditioner, seed=config.seed)
         autoencoder = build.build_autoencoder(config.autoencoder)
-    trained = nn.ModuleDict({"denoiser": unet})
+    trained = nn.ModuleDict({"denoiser": denoiser})
     weights = load_weights(checkpoint, "denoiser", ema=ema)
     if any(name.startswith("conditioner.") for name in weights):
         trained["conditioner"] = conditioner
     fill(trained, weights, where=checkpoint.path)
     text = config.conditioner if isinstance(config.conditioner, ClipTextConfig) else None
     pipeline = LoadedPipeline(
-        unet=unet,
+        denoiser=denoiser,
         autoencoder=autoencoder,
         conditioner=conditioner,
         tokenizer=None if text is None else build_tokenizer(text.max_length),
@@ -176,8 +177,8 @@ def load_pipeline(folder: Path) -> LoadedPipeline:
     """The system in a folder that `sdtrain export` or diffusers wrote; opens no connection.
 
     Args:
-        folder: With `model_index.json`, `unet/`, `vae/` or `vqvae/`, `scheduler/` and, for text, `text_encoder/` and
-            `tokenizer/`.
+        folder: With `model_index.json`, `unet/` or `transformer/`, `vae/` or `vqvae/`, `scheduler/` and, for text,
+            `text_encoder/` and `tokenizer/`.
 
     Raises:
         ConfigError: A part is missing, or is one that sdtrain does not have.
@@ -185,18 +186,16 @@ def load_pipeline(folder: Path) -> LoadedPipeline:
     if not is_pipeline(folder):
         raise ConfigError(f"{folder}: holds no {MODEL_INDEX}; give a folder that `sdtrain export` or diffusers wrote")
     facts = _read_optional(folder / FACTS)
-    config, tensors = read_folder(_part(folder, "unet"))
-    unet = UNet.from_diffusers_config(config)
-    load_strictly(unet, tensors, where=folder / "unet")
-    name = next((part for part in _AUTOENCODER_PARTS if (folder / part).is_dir()), _AUTOENCODER_PARTS[0])
+    network = _part(folder, *_DENOISER_PARTS)
+    denoiser = read_denoiser(network)
     tokenizer = _load_tokenizer(folder) if (folder / "text_encoder").is_dir() else None
     pipeline = LoadedPipeline(
-        unet=unet,
-        autoencoder=load_autoencoder(str(_part(folder, name))),
+        denoiser=denoiser,
+        autoencoder=load_autoencoder(str(_part(folder, *_AUTOENCODER_PARTS))),
         conditioner=NoConditioner() if tokenizer is None else _load_conditioner(folder, tokenizer),
         tokenizer=tokenizer,
         process=read_process(_part(folder, "scheduler") / "scheduler_config.json"),
-        latent_size=_latent_size(folder, facts, config),
+        latent_size=_latent_size(network, facts),
         source=facts.get("source", folder.name),
         step=facts.get("step"),
         is_ema=facts.get("ema"),
@@ -247,10 +246,13 @@ def _read_optional(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _part(folder: Path, name: str) -> Path:
-    if not (folder / name).is_dir():
-        raise ConfigError(f"{folder}: holds no {name}/; the pipeline is not complete, copy or export it again")
-    return folder / name
+def _part(folder: Path, *names: str) -> Path:
+    """The part's folder, which may have any of these names."""
+    for name in names:
+        if (folder / name).is_dir():
+            return folder / name
+    missing = " or ".join(f"{name}/" for name in names)
+    raise ConfigError(f"{folder}: holds no {missing}; the pipeline is not complete, copy or export it again")
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -269,10 +271,10 @@ def _load_conditioner(folder: Path, tokenizer: CLIPTokenizer) -> ClipTextConditi
     return load_clip_text(source, trainable=False, max_length=tokenizer.model_max_length)
 
 
-def _latent_size(folder: Path, facts: Mapping[str, Any], unet: Mapping[str, Any]) -> tuple[int, int]:
-    size = facts.get("latent_size") or unet.get("sample_size")
+def _latent_size(network: Path, facts: Mapping[str, Any]) -> tuple[int, int]:
+    size = facts.get("latent_size") or _read_optional(network / CONFIG_FILE).get("sample_size")
     if size is None:
-        raise ConfigError(f"{folder / 'unet'}: config.json has no sample_size; write the size of the latents into it")
+        raise ConfigError(f"{network}: config.json has no sample_size; write the size of the latents into it")
     height, width = size if isinstance(size, list) else (size, size)
     return int(height), int(width)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdtrain.config.base import NonEmptyStr, PositiveFloat, PositiveInt, Section
+from sdtrain.config.base import Fraction, NonEmptyStr, PositiveFloat, PositiveInt, Section
 
 UNetPreset = Literal[
     "sd15",
@@ -20,9 +20,10 @@ UNetPreset = Literal[
     "unet_r5",
     "unet_r6",
 ]
+DiTPreset = Literal["dit_s_2", "dit_b_2", "dit_l_2", "dit_xl_2", "dit_small", "dit_large", "dit_celeba_hq"]
 
 CONTEXT_WIDTHS: dict[str, int] = {"sd15": 768, "readme": 768, "sd2": 1024}
-"""Width of the text tokens that a preset attends to."""
+"""Width of the text tokens that a UNet's preset attends to."""
 
 
 class UNetArch(Section):
@@ -69,8 +70,8 @@ class UNetArch(Section):
     upsample: Literal["nearest_conv", "conv_transpose"] = "nearest_conv"
 
 
-class DenoiserConfig(Section):
-    """The denoiser; exactly one of `weights`, `preset` and `arch` says what it looks like.
+class UNetConfig(Section):
+    """A UNet; exactly one of `weights`, `preset` and `arch` says what it looks like.
 
     Attributes:
         type: `unet`.
@@ -83,3 +84,67 @@ class DenoiserConfig(Section):
     weights: NonEmptyStr | None = None
     preset: UNetPreset | None = None
     arch: UNetArch | None = None
+
+
+class DiTArch(Section):
+    """A DiT of one's own, in the words of `sdtrain.denoisers.dit.DiT`.
+
+    Attributes:
+        in_channels: Channels of the latents.
+        out_channels: Channels of the prediction.
+        width: Width of the tokens; a multiple of num_heads and of 4.
+        num_layers: Transformer blocks.
+        num_heads: Attention heads of every block.
+        patch_size: Height and width of the latents' patches; each becomes a token.
+        sample_size: Height and width of the latents whose patches are 1 apart in the fixed positions; take the data's.
+        sinusoid_width: Width of the timestep's sinusoids.
+        num_classes: Classes with an embedding of their own; null has none.
+        context_dim: Width of the conditioning tokens; null without them.
+        context: Every block attends to the tokens (`cross_attention`), or their mean modulates the blocks (`adaln`).
+        shared_embedding: One embedding of timestep and conditions for all blocks, or one for each.
+        dropout: Probability of dropping channels after attentions and within feed-forward layers.
+        norm_eps: Added to variances in the norms before cross-attention and feed-forward.
+    """
+
+    in_channels: PositiveInt
+    out_channels: PositiveInt
+    width: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    patch_size: PositiveInt = 2
+    sample_size: PositiveInt = 32
+    sinusoid_width: PositiveInt = 256
+    num_classes: PositiveInt | None = None
+    context_dim: PositiveInt | None = None
+    context: Literal["cross_attention", "adaln"] = "cross_attention"
+    shared_embedding: bool = True
+    dropout: Fraction = 0.0
+    norm_eps: PositiveFloat = 1e-6
+
+
+class DiTConfig(Section):
+    """A diffusion transformer; exactly one of `weights`, `preset` and `arch` says what it looks like.
+
+    Attributes:
+        type: `dit`.
+        weights: A folder in diffusers' layout or a hub name to start from; brings its own architecture.
+        preset: A known architecture with fresh weights.
+        arch: An architecture of one's own with fresh weights.
+        context_dim: For a preset: width of the conditioning tokens, which every block attends to; replaces the classes.
+        sample_size: For a preset: height and width of the latents, where they are not the preset's.
+    """
+
+    type: Literal["dit"]
+    weights: NonEmptyStr | None = None
+    preset: DiTPreset | None = None
+    arch: DiTArch | None = None
+    context_dim: PositiveInt | None = None
+    sample_size: PositiveInt | None = None
+
+    @property
+    def token_width(self) -> int | None:
+        """Width of the tokens that the network is built for; None without them, and where only weights tell."""
+        return self.arch.context_dim if self.arch else self.context_dim
+
+
+DenoiserConfig = Annotated[UNetConfig | DiTConfig, Field(discriminator="type")]

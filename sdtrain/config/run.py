@@ -10,9 +10,9 @@ from typing import Literal, get_args
 from sdtrain.config.autoencoder import AutoencoderConfig
 from sdtrain.config.base import NonEmptyStr, NonNegativeInt, SchemaVersion, Section
 from sdtrain.config.checkpoint import CheckpointConfig
-from sdtrain.config.conditioner import ClipTextConfig, ConditionerConfig
+from sdtrain.config.conditioner import ClipTextConfig, ConditionerConfig, NoConditionerConfig
 from sdtrain.config.data import DataConfig
-from sdtrain.config.denoiser import CONTEXT_WIDTHS, DenoiserConfig, UNetArch
+from sdtrain.config.denoiser import CONTEXT_WIDTHS, DenoiserConfig, DiTArch, DiTConfig, UNetArch
 from sdtrain.config.ema import EmaConfig
 from sdtrain.config.health import HealthConfig
 from sdtrain.config.init_from import InitFromConfig
@@ -229,8 +229,13 @@ def one_denoiser_architecture(denoiser: DenoiserConfig | None) -> Iterator[Probl
     if denoiser is None:
         return
     yield from _one_architecture("denoiser", denoiser.model_dump(include={"weights", "preset", "arch"}))
-    if denoiser.arch is not None:
-        yield from _unet_fits_together(denoiser.arch)
+    if isinstance(denoiser, DiTConfig):
+        yield from _preset_is_there_to_change(denoiser)
+    match denoiser.arch:
+        case UNetArch() as arch:
+            yield from _unet_fits_together(arch)
+        case DiTArch() as arch:
+            yield from _dit_fits_together(arch)
 
 
 def _groups_divide(path: str, channels: tuple[int, ...], norm_groups: int) -> Iterator[Problem]:
@@ -263,6 +268,27 @@ def _unet_fits_together(arch: UNetArch) -> Iterator[Problem]:
         yield Problem(f"{path}.context_dim", "is missing; cross-attention needs the width of the conditioning tokens")
 
 
+def _preset_is_there_to_change(denoiser: DiTConfig) -> Iterator[Problem]:
+    if denoiser.preset is not None:
+        return
+    for name in ("context_dim", "sample_size"):
+        if getattr(denoiser, name) is not None:
+            place = "weights bring their own" if denoiser.arch is None else f"write denoiser.arch.{name}"
+            yield Problem(f"denoiser.{name}", f"is for denoiser.preset, which is null here; {place}")
+
+
+def _dit_fits_together(arch: DiTArch) -> Iterator[Problem]:
+    path = "denoiser.arch"
+    if arch.width % arch.num_heads:
+        yield Problem(f"{path}.num_heads", f"must divide {path}.width = {arch.width}")
+    if arch.width % 4:
+        yield Problem(f"{path}.width", "must be a multiple of 4: sines and cosines of two coordinates")
+    if arch.sample_size % arch.patch_size:
+        yield Problem(f"{path}.patch_size", f"must divide {path}.sample_size = {arch.sample_size}")
+    if arch.sinusoid_width % 2:
+        yield Problem(f"{path}.sinusoid_width", "must be even: half of it are cosines, half are sines")
+
+
 def one_text_model(conditioner: ConditionerConfig | None) -> Iterator[Problem]:
     """Weights bring their architecture along."""
     if not isinstance(conditioner, ClipTextConfig):
@@ -277,6 +303,8 @@ def _context_dim(denoiser: DenoiserConfig | None) -> int | None:
     """Width of the tokens that the denoiser attends to, where the page tells."""
     if denoiser is None:
         return None
+    if isinstance(denoiser, DiTConfig):
+        return denoiser.token_width
     return denoiser.arch.context_dim if denoiser.arch else CONTEXT_WIDTHS.get(denoiser.preset or "")
 
 
@@ -287,6 +315,20 @@ def text_fits_the_denoiser(denoiser: DenoiserConfig | None, conditioner: Conditi
         return
     if conditioner.arch.hidden_size != wanted:
         yield Problem("conditioner.arch.hidden_size", f"must be {wanted}, the width that the denoiser attends to")
+
+
+def a_dit_has_a_place_for_text(
+    denoiser: DenoiserConfig | None, conditioner: ConditionerConfig | None
+) -> Iterator[Problem]:
+    """Its presets are built for classes: tokens need to be asked for, and to come."""
+    if not isinstance(denoiser, DiTConfig) or denoiser.weights is not None:
+        return
+    path = "denoiser.context_dim" if denoiser.arch is None else "denoiser.arch.context_dim"
+    if isinstance(conditioner, ClipTextConfig) and denoiser.token_width is None:
+        width = "their width" if conditioner.arch is None else str(conditioner.arch.hidden_size)
+        yield Problem(path, f"is missing; conditioner.type = clip_text gives tokens: write {width}")
+    if isinstance(conditioner, NoConditionerConfig) and denoiser.token_width is not None:
+        yield Problem(path, "must be left out: conditioner.type = none gives no tokens")
 
 
 def latents_fit_the_denoiser(autoencoder: AutoencoderConfig, denoiser: DenoiserConfig | None) -> Iterator[Problem]:
@@ -401,6 +443,7 @@ TRAINING_RULES = (
     one_denoiser_architecture,
     one_text_model,
     text_fits_the_denoiser,
+    a_dit_has_a_place_for_text,
     latents_fit_the_denoiser,
     betas_rise,
     noise_levels_fit_the_prediction,

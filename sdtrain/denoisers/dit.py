@@ -182,7 +182,8 @@ class PatchEmbedding(nn.Module):
         places = self.pos_embed
         if (rows, columns) != (self.base, self.base):
             places = grid_embedding(rows, columns, channels=features.shape[1], base=self.base).to(places)
-        return features.flatten(2).transpose(1, 2) + places, (rows, columns)
+        tokens = features.flatten(2).transpose(1, 2) + places  # in float32, as the places stay in any precision
+        return tokens.to(features.dtype), (rows, columns)
 
 
 class DiT(nn.Module):

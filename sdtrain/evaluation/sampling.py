@@ -103,7 +103,7 @@ def to_pixels(images: Tensor) -> NDArray[np.uint8]:
 def _task(pipeline: LoadedPipeline, settings: SamplerSettings) -> LatentDiffusionTask:
     """The task whose `sample` training uses too, so that a grid of the training and of today are the same."""
     return LatentDiffusionTask(
-        denoiser=pipeline.unet,
+        denoiser=pipeline.denoiser,
         conditioner=pipeline.conditioner,
         autoencoder=pipeline.autoencoder,
         process=pipeline.process,
@@ -182,7 +182,7 @@ def write_samples(
 def _place(pipeline: LoadedPipeline, dtype: torch.dtype) -> None:
     """Networks to the accelerator; the autoencoder stays float32, as in training."""
     device = distributed.device()
-    pipeline.unet.to(device, dtype)
+    pipeline.denoiser.to(device, dtype)
     pipeline.conditioner.to(device, dtype)
     pipeline.autoencoder.to(device)
 

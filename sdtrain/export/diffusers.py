@@ -35,9 +35,10 @@ from sdtrain.checkpoints.weights import load_weights, open_checkpoint, read_conf
 from sdtrain.conditioners.text import ClipTextConditioner, save_tokenizer
 from sdtrain.config.task import AutoencodingTask
 from sdtrain.data.manifest import Manifest, read_fields
+from sdtrain.denoisers.load import Denoiser, in_diffusers_words, part_name, save_denoiser
+from sdtrain.denoisers.unet import UNet
 from sdtrain.diffusion.process import DiffusionProcess
 from sdtrain.errors import ConfigError
-from sdtrain.nn.folders import write_folder
 from sdtrain.run_dir import sync_folder, write_atomically
 from sdtrain.samplers.steps import spacing_of
 from sdtrain.tasks.autoencoding import latent_statistics
@@ -63,9 +64,10 @@ def export(
 ) -> Path:
     """Write a run's weights in diffusers' layout; the folder appears when it is complete.
 
-    A latent diffusion run becomes a whole pipeline (StableDiffusionPipeline, or LDMPipeline without text), an
-    autoencoding run a single AutoencoderKL. `sdtrain.json` says where the weights come from and holds the digest of
-    every file.
+    A latent diffusion run becomes a whole pipeline (a UNet's StableDiffusionPipeline, or LDMPipeline without text; a
+    DiT's DiTPipeline without text), an autoencoding run a single AutoencoderKL. A denoiser that no class of diffusers
+    holds is written for sdtrain alone, with a warning. `sdtrain.json` says where the weights come from and holds the
+    digest of every file.
 
     Args:
         run_or_checkpoint: A run folder (its newest valid checkpoint) or a checkpoint folder.
@@ -110,35 +112,49 @@ def _write_pipeline(pipeline: LoadedPipeline, folder: Path, dtype: torch.dtype) 
     }
     for module in pipeline.modules().values():
         module.to(dtype)
-    unet_config = pipeline.unet.diffusers_config()
+    denoiser = pipeline.denoiser
     vae_config = pipeline.autoencoder.diffusers_config()
-    if unet_config["_class_name"].startswith("sdtrain."):
+    denoiser_config, _ = in_diffusers_words(denoiser)
+    denoiser_class = denoiser_config["_class_name"]
+    settings: dict[str, Any] = {}
+    if denoiser_class.startswith("sdtrain."):
         log.warning("diffusers has no class for this denoiser; sdtrain alone can open %s", folder.name)
-    else:
+    elif isinstance(denoiser, UNet):  # a DiT's own size is that of its positions
         height, width = pipeline.latent_size
-        unet_config["sample_size"] = height if height == width else [height, width]
-    write_folder(folder / "unet", unet_config, pipeline.unet.state_dict())
+        settings["sample_size"] = height if height == width else [height, width]
+    save_denoiser(denoiser, folder / part_name(denoiser), **settings)
     is_text = isinstance(pipeline.conditioner, ClipTextConditioner)
-    autoencoder_part = "vae" if is_text else "vqvae"
+    pipeline_class, autoencoder_part = _pipeline_class(denoiser, is_text)
     save_autoencoder(pipeline.autoencoder, folder / autoencoder_part)
     if isinstance(pipeline.conditioner, ClipTextConditioner) and pipeline.tokenizer is not None:
         pipeline.conditioner.save_pretrained(folder / "text_encoder")
         save_tokenizer(pipeline.tokenizer, folder / "tokenizer")
     scheduler = scheduler_config(pipeline.process)
     write_atomically(folder / "scheduler" / "scheduler_config.json", _json(scheduler))
-    classes = {"unet": unet_config["_class_name"], autoencoder_part: vae_config["_class_name"]}
-    write_atomically(folder / MODEL_INDEX, _json(_model_index(classes, scheduler["_class_name"], is_text)))
+    classes = {part_name(denoiser): denoiser_class, autoencoder_part: vae_config["_class_name"]}
+    index = _model_index(pipeline_class, classes, scheduler["_class_name"], is_text)
+    write_atomically(folder / MODEL_INDEX, _json(index))
     return facts
 
 
-def _model_index(classes: dict[str, str], scheduler: str, is_text: bool) -> dict[str, Any]:
+def _pipeline_class(denoiser: Denoiser, is_text: bool) -> tuple[str, str]:
+    """diffusers' pipeline around such a denoiser, and what it calls the autoencoder.
+
+    diffusers has no pipeline of text around this kind of transformer: the class is ours, and diffusers refuses it.
+    """
+    if isinstance(denoiser, UNet):
+        return ("StableDiffusionPipeline", "vae") if is_text else ("LDMPipeline", "vqvae")
+    return ("sdtrain.LoadedPipeline" if is_text else "DiTPipeline"), "vae"
+
+
+def _model_index(pipeline: str, classes: dict[str, str], scheduler: str, is_text: bool) -> dict[str, Any]:
     """Which library and class opens which part."""
 
     def place(name: str) -> list[str]:
         return ["sdtrain", name.removeprefix("sdtrain.")] if name.startswith("sdtrain.") else ["diffusers", name]
 
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline" if is_text else "LDMPipeline",
+        "_class_name": pipeline,
         "_diffusers_version": LAYOUT_VERSION,
         **{part: place(name) for part, name in classes.items()},
         "scheduler": ["diffusers", scheduler],

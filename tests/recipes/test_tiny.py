@@ -183,7 +183,7 @@ def test_the_export_opens_in_diffusers_and_computes_the_same(trained: RunDir) ->
         mine = ours.conditioner(ids).tokens
         assert torch.equal(mine, text)
         expected = theirs.unet(noised, timesteps, encoder_hidden_states=text.expand(2, -1, -1)).sample
-        found = ours.unet(noised, timesteps, Conditioning(tokens=text.expand(2, -1, -1)))
+        found = ours.denoiser(noised, timesteps, Conditioning(tokens=text.expand(2, -1, -1)))
         assert expected.std() > 0
         assert (found - expected).norm() <= 1e-6 * expected.norm()
         image = theirs.vae.decode(noised).sample

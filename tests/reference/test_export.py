@@ -131,7 +131,7 @@ def test_diffusers_opens_an_unconditional_pipeline(tmp_path, no_network):
     with torch.no_grad():
         expected = theirs.unet(noised, timesteps).sample
         torch.testing.assert_close(
-            ours.unet(noised, timesteps, ours.conditioner.null(2)), expected, atol=1e-5, rtol=1e-4
+            ours.denoiser(noised, timesteps, ours.conditioner.null(2)), expected, atol=1e-5, rtol=1e-4
         )
         torch.testing.assert_close(
             ours.autoencoder.decode(noised), theirs.vqvae.decode(noised).sample, atol=1e-5, rtol=1e-4
@@ -157,6 +157,6 @@ def test_diffusers_opens_half_precision(tmp_path, no_network, dtype):
     folder = export(run_of(tmp_path, prediction="epsilon"), tmp_path / "pipeline", latent_size=(8, 8), dtype=dtype)
     wanted = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     theirs = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=wanted)
-    ours = load_pipeline(folder).unet.state_dict()
+    ours = load_pipeline(folder).denoiser.state_dict()
     assert theirs.unet.dtype == wanted
     assert all(torch.equal(ours[name], tensor.float()) for name, tensor in theirs.unet.state_dict().items())

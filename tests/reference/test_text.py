@@ -20,7 +20,7 @@ from sdtrain.conditioners.text import (
     small_clip_text,
     tokenize,
 )
-from sdtrain.denoisers.load import save_unet
+from sdtrain.denoisers.load import save_denoiser
 from sdtrain.denoisers.unet import UNet
 
 CAPTIONS = ["a photo of a cat", "", "Isn't it 12 o'clock? Yes!", "a red handwritten seven on a blue background"]
@@ -90,7 +90,7 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         context_dim=32,
         zero_init=False,
     )
-    save_unet(unet, folder / "unet")
+    save_denoiser(unet, folder / "unet")
     save_autoencoder(kl.AutoencoderKL(**kl.PRESETS["tiny"]), folder / "vae")
     small().save_pretrained(folder / "text_encoder")
     save_tokenizer(build_tokenizer(), folder / "tokenizer")

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from sdtrain.denoisers.load import load_unet, save_unet
+from sdtrain.denoisers.load import load_unet, save_denoiser
 from sdtrain.denoisers.unet import PRESETS, UNet
 from sdtrain.denoisers.unet_config import from_diffusers
 from sdtrain.nn.folders import load_strictly
@@ -136,7 +136,7 @@ def test_our_weights_open_in_diffusers(variant: str, tmp_path: Path) -> None:
     class_, kwargs = VARIANTS[variant]
     class_(**kwargs).save_pretrained(tmp_path / "theirs")
     ours = load_unet(str(tmp_path / "theirs"))
-    save_unet(ours, tmp_path / "ours")
+    save_denoiser(ours, tmp_path / "ours")
     theirs, report = class_.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     given = inputs(kwargs["in_channels"], kwargs.get("cross_attention_dim"))

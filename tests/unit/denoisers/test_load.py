@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdtrain.denoisers.load import load_unet, save_unet
+from sdtrain.denoisers.load import load_unet, save_denoiser
 from sdtrain.denoisers.unet import UNet
 from sdtrain.errors import ConfigError
 
@@ -30,14 +30,14 @@ def readme_like() -> UNet:
 
 def test_a_network_of_our_own_class_comes_back(tmp_path: Path) -> None:
     unet = readme_like()
-    save_unet(unet, tmp_path)
+    save_denoiser(unet, tmp_path)
     loaded = load_unet(str(tmp_path))
     assert loaded.arch == unet.arch
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), unet.parameters(), strict=True))
 
 
 def test_weights_of_another_shape_are_refused_with_the_folder(tmp_path: Path) -> None:
-    save_unet(readme_like(), tmp_path)
+    save_denoiser(readme_like(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"context_dim": 24}))
     with pytest.raises(ConfigError) as error:

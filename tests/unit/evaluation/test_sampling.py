@@ -59,7 +59,7 @@ def tiny(*, text: bool = True) -> LoadedPipeline:
         prediction_type="epsilon",
     )
     return LoadedPipeline(
-        unet=unet.eval(),
+        denoiser=unet.eval(),
         autoencoder=autoencoder.eval(),
         conditioner=conditioner.eval() if text else NoConditioner(),
         tokenizer=build_tokenizer(16) if text else None,

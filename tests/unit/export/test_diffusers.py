@@ -223,7 +223,7 @@ def test_half_precision(tmp_path, dtype, torch_dtype):
     output = export(run, tmp_path / "pipeline", dtype=dtype)
     for file in output.rglob("*.safetensors"):
         assert {tensor.dtype for tensor in load_file(file).values() if tensor.is_floating_point()} == {torch_dtype}
-    full, half = from_checkpoint(run).unet.state_dict(), load_pipeline(output).unet.state_dict()
+    full, half = from_checkpoint(run).denoiser.state_dict(), load_pipeline(output).denoiser.state_dict()
     assert all(tensor.dtype == torch.float32 for tensor in half.values())
     assert all(torch.equal(half[key], full[key].to(torch_dtype).float()) for key in full)
 
@@ -234,7 +234,7 @@ def test_an_unconditional_run_becomes_a_pipeline_without_text(tmp_path):
     assert index["_class_name"] == "LDMPipeline" and index["vqvae"] == ["diffusers", "AutoencoderKL"]
     assert not (output / "text_encoder").exists()
     loaded = load_pipeline(output)
-    assert loaded.tokenizer is None and loaded.unet.context_dim is None
+    assert loaded.tokenizer is None and loaded.denoiser.context_dim is None
 
 
 def test_the_cosine_schedule_comes_back(tmp_path):
