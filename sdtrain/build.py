@@ -209,11 +209,15 @@ def prepare(network: Denoiser, config: TrainingConfig) -> None:
     network.set_gradient_checkpointing(config.trainer.gradient_checkpointing)
 
 
-def compile_networks(task: Task, config: TrainingConfig) -> None:
-    """Compile what is trained where the page wants it, after DeepSpeed took it over and its weights are loaded."""
-    if config.trainer.compile:
-        for trainable in task.trainables.values():
-            compile_blocks(trainable.module, mode=config.trainer.compile_mode)
+def compile_networks(task: Task, config: TrainingConfig) -> int:
+    """Compile what is trained where the page wants it, after DeepSpeed took it over and its weights are loaded.
+
+    Returns:
+        The number of compiled blocks.
+    """
+    if not config.trainer.compile:
+        return 0
+    return sum(compile_blocks(one.module, mode=config.trainer.compile_mode) for one in task.trainables.values())
 
 
 def load_manifest(config: DataConfig) -> Manifest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 from sdtrain import distributed
 from sdtrain.errors import ExitCode
+from sdtrain.training.compile_watch import CompileWatch
 from sdtrain.training.goodput import SECONDS, USEFUL, Goodput, useful_seconds
 from sdtrain.training.metrics import MetricsLog, SpikeWatch, Throughput, joined_pairs
 from sdtrain.training.progress import Progress
@@ -21,6 +22,7 @@ from sdtrain.training.trainer import Report
 from sdtrain.training.utilisation import Utilisation
 
 GIB = 2**30
+MAX_RECOMPILES_TOLD = 3
 
 
 def memory_gib() -> float:
@@ -44,6 +46,7 @@ class Reporter:
         stragglers: Who slows the others down; asked on all ranks.
         goodput: Of the run so far; None leaves the figure out.
         utilisation: From speed to MFU; None where the devices' peak or the network's FLOPs are not known.
+        compiles: What was compiled; None where nothing is.
     """
 
     metrics: MetricsLog | None
@@ -55,18 +58,22 @@ class Reporter:
     stragglers: Stragglers | None = None
     goodput: Goodput | None = None
     utilisation: Utilisation | None = None
+    compiles: CompileWatch | None = None
     _spikes: dict[str, SpikeWatch] = field(default_factory=dict, init=False)
+    _told_first_step: bool = field(default=False, init=False)
 
     def report(self, report: Report) -> None:
         """Log one report of the loop; called on all ranks, rank 0 writes."""
         self.throughput.add(images=report.images, seconds=report.seconds, data_wait_seconds=report.data_wait_seconds)
         memory = distributed.max_over_ranks(memory_gib())
         ranks = {} if self.stragglers is None else self.stragglers.figures(report.seconds)
+        compiled, recompiled = ({}, []) if self.compiles is None else self.compiles.figures()
         if self.metrics is None:
             return
-        figures = self._figures(report) | {"train/memory_gib": memory} | ranks
+        figures = self._figures(report) | {"train/memory_gib": memory} | ranks | compiled
         self.log(report.step, figures)
         self._watch(report, figures)
+        self._tell_compiled(compiled, recompiled)
         if self.progress is not None:
             self.progress.update(
                 step=report.step,
@@ -142,6 +149,24 @@ class Reporter:
             **{f"train/skipped/{cause.replace(' ', '_')}": float(times) for cause, times in report.causes.items()},
             **({"train/rollbacks": float(report.rollbacks)} if report.rollbacks else {}),
         }
+
+    def _tell_compiled(self, figures: Mapping[str, float], recompiled: Sequence[str]) -> None:
+        """Say once what the first step cost, and warn of every graph that was compiled after warm-up."""
+        lines = []
+        if figures and not self._told_first_step:
+            self._told_first_step = True
+            lines.append(
+                "first step: {compile/first_step_seconds:.1f} s; compiled so far: {compile/graphs:.0f} graphs in "
+                "{compile/seconds:.1f} s, {compile/graph_breaks:.0f} graph breaks".format_map(figures)
+            )
+        if recompiled:
+            shown = recompiled[:MAX_RECOMPILES_TOLD]
+            rest = [f"and {len(recompiled) - len(shown)} more"] if len(recompiled) > len(shown) else []
+            lines.append("\n  ".join(["compiled again after warm-up, which every rank waits for:", *shown, *rest]))
+            self.alert("recompiled", lines[-1])
+        if self.progress is not None:
+            for line in lines:
+                self.progress.say(line)
 
     def _watch(self, report: Report, figures: Mapping[str, float]) -> None:
         """Alert where a loss stands out, or where steps were skipped."""

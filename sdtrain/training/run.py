@@ -32,9 +32,12 @@ from sdtrain.data.manifest import Manifest
 from sdtrain.data.plan import ORDER_VERSION
 from sdtrain.data.tombstones import TombstoneList
 from sdtrain.errors import ExitCode
+from sdtrain.nn.compilation import eagerly
 from sdtrain.records import Batch, Task
 from sdtrain.run_dir import RunDir, write_atomically
 from sdtrain.training import environment
+from sdtrain.training.admission import Admitted, admit
+from sdtrain.training.compile_watch import CompileWatch
 from sdtrain.training.engine import DTYPES, Engine, EngineSettings
 from sdtrain.training.forensics import write_record
 from sdtrain.training.fork import ancestry
@@ -106,8 +109,9 @@ def train(config: TrainingConfig, *, resume: Resume = "auto", hooks: Hooks | Non
 
 @contextmanager
 def averaged(engines: Mapping[str, Engine]) -> Iterator[None]:
-    """Run every network on its EMA weights for a while; collective."""
+    """Run every network on its EMA weights for a while, and eagerly: other shapes would compile anew; collective."""
     with ExitStack() as stack:
+        stack.enter_context(eagerly())
         for engine in engines.values():
             stack.enter_context(engine.ema_weights())
         yield
@@ -136,6 +140,7 @@ class Attempt:
         self.reporter: Reporter | None = None
         self.trainer: Trainer | None = None
         self.batches: Generator[tuple[int, int, Batch]] | None = None
+        self.compiles: CompileWatch | None = None
 
     @property
     def step(self) -> int:
@@ -146,6 +151,8 @@ class Attempt:
         """Tell the watchdog where this rank is; at the same places on all ranks."""
         self.watched.heartbeat.beat(phase, step, micro_step)
         self.work.beat(phase)
+        if self.compiles is not None:
+            self.compiles.beat(phase, step)
 
     def meet(self) -> None:
         """Join the other ranks, which may never come, and agree on this attempt's name."""
@@ -184,8 +191,7 @@ class Attempt:
             keeper.restore(checkpoint)
         elif source is not None and config.init_from is not None:
             keeper.fork(source, config.init_from.load)
-        build.compile_networks(task, config)
-        max_steps = build.max_steps(config, manifest)
+        self.compiles = CompileWatch() if build.compile_networks(task, config) else None
         self._write_down()
         self.reporter = self._reporter(task, start, max_steps)
         self.trainer = self._trainer(task, manifest, engines, keeper, start, max_steps, accumulation)
@@ -334,6 +340,7 @@ class Attempt:
             stragglers=Stragglers(self.work, distributed.gather_objects(socket.gethostname())),
             goodput=Goodput.of(self.folder) if main else None,
             utilisation=utilisation_here(lambda: build.forward_flops(task), precision=precision, world_size=world_size),
+            compiles=self.compiles,
         )
 
     def _trainer(
@@ -390,7 +397,7 @@ class Attempt:
         config, place = self.config, distributed.ranks()
         if self.batches is not None:
             self.batches.close()
-        self.batches = train_loader(
+        loader = train_loader(
             build.build_dataset(config, manifest, task.draws),
             start_step=step,
             max_steps=max_steps,
@@ -402,6 +409,7 @@ class Attempt:
             prefetch=config.data.prefetch,
             skipped_steps=skipped_steps,
         )
+        self.batches = loader if self.compiles is None else self.compiles.over(loader)
         return self.batches
 
     def _report(self, report: Report) -> None:

@@ -42,6 +42,9 @@ class Recorder:
     def finish(self, exit_code: int) -> None:
         self.calls.append(("finish", exit_code))
 
+    def say(self, text: str) -> None:
+        self.calls.append(("say", text))
+
     def close(self) -> None:
         self.calls.append("close")
 
@@ -244,3 +247,39 @@ def test_memory_is_this_process_s_where_there_is_no_accelerator(monkeypatch: pyt
     monkeypatch.setattr(reporter_module.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(reporter_module.torch.cuda, "max_memory_allocated", lambda: 2**31)
     assert memory_gib() == 2.0
+
+
+def test_what_is_compiled_after_warm_up_is_logged_said_and_alerted(tmp_path: Path) -> None:
+    figures = {
+        "compile/graphs": 12.0,
+        "compile/seconds": 41.25,
+        "compile/graph_breaks": 1.0,
+        "compile/recompiles": 0.0,
+        "compile/first_step_seconds": 65.0,
+    }
+    told: list[tuple[dict[str, float], list[str]]] = [
+        (figures, []),
+        (figures | {"compile/recompiles": 5.0}, [f"inner in step {step}: 0/1: a guard" for step in range(5)]),
+        (figures | {"compile/recompiles": 6.0}, ["inner in step 9: 0/1: a guard"]),
+    ]
+    tracker, progress = Recorder(), Recorder()
+    reporter = make(MetricsLog(RunDir(tmp_path), attempt="a"), tracker, progress)
+    watch: Any = SimpleNamespace(figures=lambda: told.pop(0))
+    reporter.compiles = watch
+    for step in (10, 20, 30):
+        reporter.report(replace(report({"denoiser/loss": 0.5}, {"denoiser": result()}), step=step, skipped=0))
+    rows = read_metrics(RunDir(tmp_path).metrics)
+    assert [row["compile/recompiles"] for row in rows] == [0, 5, 6]
+    assert rows[0]["compile/first_step_seconds"] == 65
+    many = (
+        "compiled again after warm-up, which every rank waits for:\n  inner in step 0: 0/1: a guard\n"
+        "  inner in step 1: 0/1: a guard\n  inner in step 2: 0/1: a guard\n  and 2 more"
+    )
+    one = "compiled again after warm-up, which every rank waits for:\n  inner in step 9: 0/1: a guard"
+    assert [call[1] for call in progress.calls if call[0] == "say"] == [
+        "first step: 65.0 s; compiled so far: 12 graphs in 41.2 s, 1 graph breaks",
+        many,
+        one,
+    ]
+    alerts = [call for call in tracker.calls if call[0] == "alert"]
+    assert alerts == [("alert", "recompiled", many, "WARN"), ("alert", "recompiled", one, "WARN")]
