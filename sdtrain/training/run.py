@@ -36,7 +36,6 @@ from sdtrain.nn.compilation import eagerly
 from sdtrain.records import Batch, Task
 from sdtrain.run_dir import RunDir, write_atomically
 from sdtrain.training import environment
-from sdtrain.training.admission import Admitted, admit
 from sdtrain.training.compile_watch import CompileWatch
 from sdtrain.training.engine import DTYPES, Engine, EngineSettings
 from sdtrain.training.forensics import write_record
@@ -192,6 +191,7 @@ class Attempt:
         elif source is not None and config.init_from is not None:
             keeper.fork(source, config.init_from.load)
         self.compiles = CompileWatch() if build.compile_networks(task, config) else None
+        max_steps = build.max_steps(config, manifest)
         self._write_down()
         self.reporter = self._reporter(task, start, max_steps)
         self.trainer = self._trainer(task, manifest, engines, keeper, start, max_steps, accumulation)
