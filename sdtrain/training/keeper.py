@@ -38,6 +38,7 @@ class CheckpointKeeper:
         identity: What a resume must find unchanged: manifest digest, seed, order version, batch size.
         config_text: The resolved page, stored in every checkpoint.
         uploader: Sends what is committed to a store; rank 0 alone has one.
+        before_save: Called on all ranks when a save begins: what else is to be on disk before the checkpoint is.
         on_saved: Is told what became of every save.
         parent: Name of the newest checkpoint in this lineage; None before the first.
         saved_step: Its step; 0 before the first.
@@ -58,6 +59,7 @@ class CheckpointKeeper:
     retention: Retention
     asynchronous: bool = True
     uploader: Uploader | None = None
+    before_save: Callable[[], None] = lambda: None
     on_saved: Callable[[Saved], None] = lambda saved: None
     parent: str | None = None
     saved_step: int = 0
@@ -100,6 +102,7 @@ class CheckpointKeeper:
         """
         if step in (self.saved_step, self._saver.step):
             return
+        self.before_save()
         if self._saver.is_writing:
             log.warning(
                 "checkpoint of step %s is still being written at step %d: training waits for it. Raise "

@@ -128,10 +128,11 @@ class Reporter:
             if result.ema_decay is not None:
                 figures[named(trainable, "ema_decay")] = result.ema_decay
         left = (self.max_steps - report.step) * self.batch_size
+        steps = report.images // self.batch_size
         useful = useful_seconds(
             seconds=report.seconds,
             data_wait_seconds=report.data_wait_seconds,
-            steps=report.images // self.batch_size,
+            steps=steps,
             skipped=report.skipped,
         )
         if self.goodput is not None:
@@ -141,6 +142,7 @@ class Reporter:
         return figures | {
             SECONDS: report.seconds,
             USEFUL: useful,
+            "train/steps_covered": float(steps),
             "train/samples_seen": float(report.samples_seen),
             "train/images_per_second": self.throughput.images_per_second,
             "train/data_wait_share": self.throughput.data_wait_share,

@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -195,6 +195,7 @@ class Attempt:
         self._write_down()
         self.reporter = self._reporter(task, start, max_steps)
         self.trainer = self._trainer(task, manifest, engines, keeper, start, max_steps, accumulation)
+        keeper.before_save = self._report_rest
         is_told = distributed.max_over_ranks(self.preemption.poll()) >= Request.REQUEUE  # while it was built
         complete = not is_told and self.trainer.fit()
         self.beat("save")
@@ -262,13 +263,7 @@ class Attempt:
             "window_shards": config.data.window_shards,
             "batch_size": config.data.batch_size,
         }
-        retention = Retention(
-            keep_last=config.checkpoint.keep_last,
-            keep_every_steps=config.checkpoint.keep_every_steps,
-            keep_best=config.checkpoint.keep_best,
-            best_by=config.checkpoint.best_by,
-            best_is=config.checkpoint.best_is,
-        )
+        retention = Retention(**config.checkpoint.model_dump(include={each.name for each in fields(Retention)}))
         return CheckpointKeeper(
             run=self.folder,
             attempt=self.attempt,
@@ -417,6 +412,12 @@ class Attempt:
         self.watched.check()
         self.reporter.report(report)
         self.unreadable.write()
+
+    def _report_rest(self) -> None:
+        """Let `metrics.jsonl` reach as far as the checkpoint that is about to be taken."""
+        assert self.trainer is not None
+        self.trainer.report_rest()
+        self.beat("save", self.step)
 
     def _learning_rate(self, task: Task, name: str, applied: int, max_steps: int) -> float:
         optimizer = self.config.optimizer

@@ -110,6 +110,7 @@ class Trainer:
         self._on_sick = on_sick
         self._roll_back = roll_back
         self._window = Window()
+        self._paused_at: float | None = None  # when the event began that is running
         self._health = {name: Health(settings.health) for name in engines}
         self._last_record: Path | None = None
         self._rollbacks = 0
@@ -135,6 +136,7 @@ class Trainer:
                     self._run(event.action)
             if self._leaves_after(self.step):
                 break
+        self.report_rest()
         return self.step >= max_steps
 
     # One step ---------------------------------------------------------------------------------------------------------
@@ -250,22 +252,34 @@ class Trainer:
 
     # Between steps ----------------------------------------------------------------------------------------------------
 
+    def report_rest(self) -> None:
+        """Report the finished steps that no report covers yet; collective, for whoever takes a checkpoint of them.
+
+        Reports then end where checkpoints do: a resume, which drops what was reported of later steps, leaves no step
+        without a report and none in two.
+        """
+        if self._window.steps:
+            self._report()
+
     def _run(self, action: Event) -> None:
         """Run an event without counting its time as training time."""
-        started = time.perf_counter()
+        self._paused_at = time.perf_counter()
         action(self.step)
-        self._window.started += time.perf_counter() - started
+        self._window.started += time.perf_counter() - self._paused_at
+        self._paused_at = None
 
     def _report(self) -> None:
         self._beat("report", self.step, 0)
-        window, self._window = self._window, Window()
+        window, means = self._window, self._window.sums.means()  # waits for the device, whose time counts
+        now = time.perf_counter() if self._paused_at is None else self._paused_at
+        self._window = Window(started=now)
         self._on_report(
             Report(
                 step=self.step,
                 samples_seen=self.step * self.settings.batch_size,
-                means=window.sums.means(),
+                means=means,
                 results=window.results,
-                seconds=time.perf_counter() - window.started,
+                seconds=now - window.started,
                 data_wait_seconds=window.data_wait_seconds,
                 images=window.steps * self.settings.batch_size,
                 skipped=window.skipped.total(),

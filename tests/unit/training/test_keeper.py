@@ -93,6 +93,16 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
     assert (first / "MANIFEST.json").stat().st_ino == inode
 
 
+def test_what_is_to_come_before_a_checkpoint_comes_before_each_one_once(tmp_path: Path) -> None:
+    told: list[tuple[str, int]] = []
+    keeper = make(tmp_path, before_save=lambda: told.append(("before", keeper.saved_step)))
+    keeper.on_saved = lambda saved: told.append(("saved", saved.step))
+    for step in (3, 3, 5):
+        keeper.save(step)
+    keeper.finish(5)
+    assert told == [("before", 0), ("before", 0), ("saved", 3), ("saved", 5)], "before the one in flight is waited for"
+
+
 def test_old_checkpoints_go_and_the_one_that_was_resumed_stays(tmp_path: Path) -> None:
     committed(make(tmp_path), 1)
     keeper = make(tmp_path, attempt="a2")

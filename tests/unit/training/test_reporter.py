@@ -81,6 +81,7 @@ def make(metrics: MetricsLog | None, tracker: Any = None, progress: Any = None) 
 COMMON = {
     "train/seconds": 4.0,
     "train/useful_seconds": 1.5,  # 1 of 4 s waited for data, 1 of 2 steps was skipped
+    "train/steps_covered": 2.0,
     "train/samples_seen": 80.0,
     "train/images_per_second": 4.0,
     "train/data_wait_share": 0.25,

@@ -260,16 +260,18 @@ def test_a_signal_saves_and_leaves_at_the_step_boundary(
 def test_files_ask_for_a_save_and_for_a_stop(page: Path, run: RunDir) -> None:
     run.path.mkdir()
     (run.path / "STOP").touch()
-    assert sdtrain("train", page) == 0
+    assert sdtrain("train", page, "trainer.log_every_steps=100") == 0
     assert word(run) == (0, "STOP file: saved and stopped at step 1", 1)
     assert steps_of(run) == [1]
     assert not (run.path / "STOP").exists(), "else the next start would stop at once"
     (run.path / "SAVE").touch()
-    assert sdtrain("train", page, "checkpoint.every_steps=100") == 0
+    assert sdtrain("train", page, "checkpoint.every_steps=100", "trainer.log_every_steps=100") == 0
     assert word(run) == (0, "complete", STEPS)
     assert not (run.path / "SAVE").exists()
     commits = [row["checkpoint"] for row in run.ledger_rows() if row["event"] == "commit"]
     assert commits == ["step-00000001", "step-00000002", "step-00000004"]
+    rows = [(row["step"], row["train/steps_covered"]) for row in read_metrics(run.metrics)]
+    assert rows == [(1, 1), (2, 1), (4, 2)], "every step in one row, which ends where a checkpoint or the run does"
 
 
 # How it breaks --------------------------------------------------------------------------------------------------------

@@ -249,7 +249,7 @@ def test_window_means_are_over_the_samples_of_all_ranks(monkeypatch: pytest.Monk
 def test_events_do_not_count_as_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(trainer_module, "Window", lambda: Window(started=clock[0]))
+    monkeypatch.setattr(trainer_module, "Window", lambda started=0.0: Window(started=started))
     reports: list[Report] = []
 
     def pass_time(seconds: float) -> None:
@@ -270,6 +270,54 @@ def test_events_do_not_count_as_training_time(monkeypatch: pytest.MonkeyPatch) -
     trainer.fit()
     assert [report.seconds for report in reports] == [2.5, 2.5]
     assert [report.data_wait_seconds for report in reports] == [0.5, 0.5]
+
+
+def test_the_rest_is_reported_where_a_checkpoint_cuts_and_every_step_once() -> None:
+    """A save of step 3, a stop after step 5, and the resumed run: their windows cover each step exactly once."""
+    reports: list[Report] = []
+
+    def train(start: int, leaves_after: Callable[[int], bool]) -> None:
+        trainer = make(
+            {"denoiser": PlainEngine()},
+            max_steps=8,
+            start=start,
+            settings={"log_every_steps": 4},
+            on_report=reports.append,
+            leaves_after=leaves_after,
+            events=[Periodic(3, lambda step: trainer.report_rest())],
+        )
+        trainer.fit()
+
+    train(0, lambda step: step == 5)
+    train(5, lambda step: False)
+    assert [(report.step, report.images) for report in reports] == [(3, 6), (4, 2), (5, 2), (6, 2), (8, 4)]
+    assert [report.means["denoiser/loss"] for report in reports] == [2.5, 6.5, 8.5, 10.5, 13.5]
+    assert [report.samples_seen for report in reports] == [6, 8, 10, 12, 16]
+
+
+def test_an_event_that_reports_does_not_shorten_the_next_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(trainer_module, "Window", lambda started=0.0: Window(started=started))
+    reports: list[Report] = []
+
+    def pass_time(seconds: float) -> None:
+        clock[0] += seconds
+
+    def save(step: int) -> None:
+        pass_time(100.0)
+        trainer.report_rest()
+        pass_time(10.0)
+
+    trainer = make(
+        {"denoiser": PlainEngine()},
+        task=CountingTask(on_loss=lambda: pass_time(1.0)),
+        settings={"log_every_steps": 9},
+        on_report=reports.append,
+        events=[Periodic(2, save)],
+    )
+    trainer.fit()
+    assert [(report.step, report.seconds) for report in reports] == [(2, 2.0), (4, 2.0)]
 
 
 def test_what_torch_draws_depends_on_seed_step_and_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
