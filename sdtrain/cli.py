@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from sdtrain.errors import ConfigError, DataError, SdtrainError
+from sdtrain.run_dir import Exit, RunDir, tell_launcher
 
 if TYPE_CHECKING:
     from sdtrain.config.load import Config
@@ -254,16 +255,23 @@ def _resume(text: str) -> str | Path:
     """Where to start from.
 
     Raises:
-        ConfigError: Neither a keyword, nor a URL, nor an existing checkpoint's folder.
+        ConfigError: Neither a keyword, nor a URL, nor a checkpoint's folder.
     """
+    from sdtrain.checkpoints.manifest import FOLDER, MANIFEST, list_checkpoints
+
+    path = Path(text)
     if text in ("auto", "never") or "://" in text:
         return text
-    if not Path(text).is_dir():
-        raise ConfigError(
-            f"--resume {text}: no such checkpoint folder; give auto, never, a folder such as RUN/checkpoints/step-N or "
-            "a URL such as s3://BUCKET/RUN/step-N"
-        )
-    return Path(text)
+    if path.is_dir() and ((path / MANIFEST).is_file() or FOLDER.fullmatch(path.name)):
+        return path  # whether it is whole, all ranks will find out together
+    found = "no such checkpoint folder"
+    if path.is_dir():
+        held = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+        found = f"no checkpoint, but it holds some, the newest is {held[0].path}" if held else "holds no checkpoint"
+    raise ConfigError(
+        f"--resume {text}: {found}; give auto, never, a folder such as RUN/checkpoints/step-N or "
+        "a URL such as s3://BUCKET/RUN/step-N"
+    )
 
 
 def _warn(page: Config) -> None:
@@ -289,8 +297,6 @@ def _plan(page: TrainingConfig, world_size: int, resume: str | Path) -> str:
         ConfigError: The batch does not split over the ranks.
         DataError: The manifest is missing.
     """
-    from sdtrain.run_dir import RunDir
-
     batch = _batch(page, world_size)
     if isinstance(page.data.manifest, Path) and not page.data.manifest.is_file():
         raise DataError(f"data.manifest = {page.data.manifest}: no such file; `sdtrain-data run` writes it")
@@ -317,7 +323,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="sdtrain")
     except SdtrainError as error:
-        print(f"sdtrain: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a node all say the same
+            print(f"sdtrain: {error}", file=sys.stderr)
+            tell_launcher(Exit(int(error.exit_code), str(error), 0, int(os.environ.get("RANK", "0")), "refused"))
         sys.exit(int(error.exit_code))
     except KeyboardInterrupt:
         sys.exit(130)

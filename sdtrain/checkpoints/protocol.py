@@ -34,7 +34,7 @@ from sdtrain.checkpoints.manifest import (
 from sdtrain.checkpoints.rankfile import Written, tensor_bytes, write_tensors, write_text
 from sdtrain.checkpoints.verify import verify, verify_together
 from sdtrain.errors import CheckpointError, ConfigError
-from sdtrain.run_dir import sync_folder, write_atomically
+from sdtrain.run_dir import nearest_existing, sync_folder, write_atomically
 
 __all__ = [
     "CHECKPOINT_STAGES",
@@ -46,9 +46,11 @@ __all__ = [
     "commit",
     "compose",
     "find",
+    "leftovers",
     "list_checkpoints",
     "publish",
     "putter",
+    "space_problem",
     "sweep",
     "verify",
     "write",
@@ -179,7 +181,7 @@ def begin(
         _point_latest_at(standing.path)
         distributed.barrier()
         return replace(over, standing=True)
-    problem = _space_problem(folder, num_bytes, num_files)
+    problem = space_problem(folder, num_bytes, num_files)
     temporary = None if problem else distributed.broadcast_object(_make_temporary(over.final, attempt))
     if temporary is None or problem:
         _abandon(over, [problem or f"rank 0 cannot make a folder in {folder}"])
@@ -277,8 +279,14 @@ def _standing(path: Path) -> tuple[Checkpoint | None, list[str]]:
     return (None, []) if checkpoint is None else (checkpoint, verify_together(checkpoint))
 
 
-def _space_problem(folder: Path, num_bytes: int, num_files: int) -> str:
-    """Why the file system cannot hold what all ranks are about to write; empty if it can."""
+def space_problem(folder: Path, num_bytes: int, num_files: int) -> str:
+    """Why the file system cannot hold what all ranks are about to write; empty if it can. Collective, changes nothing.
+
+    Args:
+        folder: Need not be there yet.
+        num_bytes: What this rank is about to write.
+        num_files: In how many files.
+    """
     needed = distributed.sum_over_ranks(num_bytes) + SPARE_BYTES
     entries = distributed.sum_over_ranks(num_files) + 8
     free_bytes, free_entries = _free(folder)
@@ -291,13 +299,13 @@ def _space_problem(folder: Path, num_bytes: int, num_files: int) -> str:
 
 
 def _free(folder: Path) -> tuple[float, float]:
-    """Free bytes and inodes; file systems that do not count inodes have infinitely many, broken ones none."""
+    """Free bytes and inodes; file systems that do not count them have infinitely many, broken ones none."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stats = os.statvfs(folder)
+        stats = os.statvfs(nearest_existing(folder) or folder)
     except OSError:
         return 0.0, 0.0
-    return float(stats.f_bavail * stats.f_frsize), float(stats.f_favail) if stats.f_files else float("inf")
+    free_bytes = float(stats.f_bavail * stats.f_frsize) if stats.f_blocks else float("inf")
+    return free_bytes, float(stats.f_favail) if stats.f_files else float("inf")
 
 
 def _make_temporary(final: Path, attempt: str) -> Path | None:
@@ -368,14 +376,19 @@ def _log_commit(begun: Begun, reports: Iterable[Report]) -> None:
 
 def sweep(folder: Path) -> list[str]:
     """Remove what killed attempts left half-written; returns the names. Rank 0, at start, before anyone writes."""
-    leftovers = [path for pattern in ("*.tmp-*", ".trash-*", f".{LATEST}.*.tmp") for path in folder.glob(pattern)]
-    for path in leftovers:
+    found = leftovers(folder)
+    for path in found:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
         log.info("removed %s, left by an earlier attempt", path)
-    return [path.name for path in leftovers]
+    return [path.name for path in found]
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What killed attempts left half-written or half-deleted."""
+    return [path for pattern in ("*.tmp-*", ".trash-*", f".{LATEST}.*.tmp") for path in folder.glob(pattern)]
 
 
 def find(folder: Path, resume: str | Path) -> Checkpoint | None:

@@ -40,6 +40,9 @@ ALLOWED_ON_RESUME = (
 
 A new length of the run does move the end of a decaying learning rate."""
 
+LONGEST_SHOWN = 400
+"""Characters of a value; two long paths may differ in their last part alone."""
+
 _ABSENT = object()
 
 
@@ -63,7 +66,8 @@ class Difference:
         return any(self.path == known or self.path.startswith(f"{known}.") for known in ALLOWED_ON_RESUME)
 
     def __str__(self) -> str:
-        return f"{self.path}: {shown(self.before)} -> {shown(self.after)}"
+        before, after = (shown(value, most=LONGEST_SHOWN) for value in (self.before, self.after))
+        return f"{self.path}: {before} -> {after}"
 
 
 def _walk(before: Any, after: Any, path: tuple[str, ...]) -> Iterator[Difference]:

@@ -53,10 +53,10 @@ def dotted(path: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in path)
 
 
-def shown(value: Any) -> str:
-    """A value as YAML would write it on one line, cut after 80 characters."""
+def shown(value: Any, *, most: int = 80) -> str:
+    """A value as YAML would write it on one line, cut after `most` characters."""
     text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def nearest(word: str, choices: Sequence[str]) -> str | None:

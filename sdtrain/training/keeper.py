@@ -38,7 +38,6 @@ class CheckpointKeeper:
         identity: What a resume must find unchanged: manifest digest, seed, order version, batch size.
         config_text: The resolved page, stored in every checkpoint.
         uploader: Sends what is committed to a store; rank 0 alone has one.
-        before_save: Called on all ranks when a save begins: what else is to be on disk before the checkpoint is.
         on_saved: Is told what became of every save.
         parent: Name of the newest checkpoint in this lineage; None before the first.
         saved_step: Its step; 0 before the first.
@@ -59,7 +58,6 @@ class CheckpointKeeper:
     retention: Retention
     asynchronous: bool = True
     uploader: Uploader | None = None
-    before_save: Callable[[], None] = lambda: None
     on_saved: Callable[[Saved], None] = lambda saved: None
     parent: str | None = None
     saved_step: int = 0
@@ -102,7 +100,6 @@ class CheckpointKeeper:
         """
         if step in (self.saved_step, self._saver.step):
             return
-        self.before_save()
         if self._saver.is_writing:
             log.warning(
                 "checkpoint of step %s is still being written at step %d: training waits for it. Raise "
@@ -212,7 +209,7 @@ class CheckpointKeeper:
             CheckpointError: It was written over other data, another seed or another order.
         """
         self.join()
-        self._refuse_other_runs(checkpoint)
+        refuse_other_runs(checkpoint, self.identity)
         restore(checkpoint, self.engines)
         self.positions = self.positions.resumed(self.run, checkpoint)
         if distributed.ranks().is_main:
@@ -235,23 +232,25 @@ class CheckpointKeeper:
         self.forked_from = ancestry(source, load)
         self.inherited_steps = {name: engine.applied_steps for name, engine in self.engines.items()}
 
-    def _refuse_other_runs(self, checkpoint: Checkpoint) -> None:
-        saved = checkpoint.manifest.get("identity", {})
-        changed = [
-            f"{key}: {saved.get(key)!r} then, {value!r} now"
-            for key, value in self.identity.items()
-            if saved.get(key) != value
-        ]
-        if changed:
-            raise CheckpointError(
-                f"{checkpoint.path}: belongs to another run:\n  "
-                + "\n  ".join(changed)
-                + "\nA resume must see the same "
-                "samples in the same order: restore these settings, or choose another run_dir for a new run."
-            )
-
     def close(self, *, wait_for_uploads: bool = False) -> None:
         """End the writing thread, without waiting for it; then wait, if asked, until all is uploaded or given up."""
         self._saver.close()
         if self.uploader is not None and wait_for_uploads:
             self.uploader.wait()
+
+
+def refuse_other_runs(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Let a checkpoint be resumed only over the same samples in the same order.
+
+    Raises:
+        CheckpointError: It was written over other data, another seed or another order; names what differs.
+    """
+    saved = checkpoint.manifest.get("identity", {})
+    changed = [
+        f"{key}: {saved.get(key)!r} then, {value!r} now" for key, value in identity.items() if saved.get(key) != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint.path}: belongs to another run:\n  " + "\n  ".join(changed) + "\nA resume must see the same "
+            "samples in the same order: restore these settings, or choose another run_dir for a new run."
+        )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sdtrain import distributed
 from sdtrain.errors import ExitCode, NoProgressError, SdtrainError
-from sdtrain.run_dir import Exit, RunDir
+from sdtrain.run_dir import Exit, RunDir, tell_launcher
 
 LOST_PEER_SIGNS = (
     "connection closed by peer",
@@ -26,13 +27,54 @@ LOST_PEER_SECONDS = 5.0
 MAX_FRUITLESS_ATTEMPTS = 3
 
 
+class Refused(SdtrainError):
+    """A start that must not become an attempt: all ranks leave alike, and the run's folder stays as it is."""
+
+    def __init__(self, exit_code: ExitCode, text: str) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What any rank finds wrong inside refuses the start on all of them; nothing inside may be collective.
+
+    Raises:
+        Refused: With the first error, and the rank's name unless all ranks say the same.
+    """
+    found: tuple[ExitCode, str] | None = None
+    try:
+        yield
+    except SdtrainError as error:
+        found = error.exit_code, str(error)
+    told = distributed.gather_objects(found)
+    rank, first = next(((rank, one) for rank, one in enumerate(told) if one is not None), (0, None))
+    if first is not None:
+        code, text = first
+        raise Refused(code, text if all(one == first for one in told) else f"rank {rank}: {text}")
+
+
+def leave_refused(attempt: str, refused: Refused) -> ExitCode:
+    """Say once why the run does not start, and tell it to a launcher that asked; the run's folder is left alone.
+
+    Collective, so that the words are out before a launcher ends the ranks that it still sees.
+    """
+    place = distributed.ranks()
+    if place.is_main:
+        print(f"sdtrain: {refused}", file=sys.stderr, flush=True)
+    if place.local_rank == 0:
+        tell_launcher(Exit(int(refused.exit_code), str(refused), 0, place.rank, attempt))
+    distributed.barrier()
+    return refused.exit_code
+
+
 def code_of(error: BaseException) -> ExitCode:
     """The exit code of an error: ours have one, a torn process group means a lost peer, anything else is a bug."""
     if isinstance(error, SdtrainError):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.REQUEUE
-    if isinstance(error, OSError) and error.errno in (28, 122):  # no space left, quota exceeded
+    if isinstance(error, OSError) and error.errno in (28, 30, 122):  # no space left, read-only, quota exceeded
         return ExitCode.STORAGE
     if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in LOST_PEER_SIGNS):
         return ExitCode.HANG
@@ -60,7 +102,10 @@ def leave_broken(run: RunDir, attempt: str, error: BaseException, step: int) -> 
         print(f"rank {rank}: {error}", file=sys.stderr)
     if code is ExitCode.HANG and _another_left_a_word(run, attempt):
         return code
-    run.leave_word(Exit(int(code), f"{type(error).__name__}: {error}", step, rank, attempt))
+    try:
+        run.leave_word(Exit(int(code), f"{type(error).__name__}: {error}", step, rank, attempt))
+    except OSError as lost:  # a disk that is full or gone must not turn this end into another one
+        print(f"rank {rank}: no word of it could be left in {run.path}: {lost}", file=sys.stderr)
     return code
 
 

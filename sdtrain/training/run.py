@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -18,24 +18,22 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from sdtrain import build, distributed
-from sdtrain.checkpoints.protocol import Checkpoint, sweep
-from sdtrain.checkpoints.remote import RemoteStore, find_or_fetch
+from sdtrain.checkpoints.protocol import sweep
+from sdtrain.checkpoints.remote import RemoteStore
 from sdtrain.checkpoints.retention import Retention
 from sdtrain.checkpoints.saver import Saved
 from sdtrain.checkpoints.uploader import Uploader
-from sdtrain.checkpoints.verify import verify_together
-from sdtrain.checkpoints.weights import open_checkpoint
-from sdtrain.config.load import dump_yaml, load_training, refuse_on_resume
-from sdtrain.config.run import TrainingConfig, grad_accum_steps
+from sdtrain.config.load import dump_yaml
+from sdtrain.config.run import TrainingConfig
 from sdtrain.data.loader import train_loader
 from sdtrain.data.manifest import Manifest
-from sdtrain.data.plan import ORDER_VERSION
 from sdtrain.data.tombstones import TombstoneList
 from sdtrain.errors import ExitCode
 from sdtrain.nn.compilation import eagerly
 from sdtrain.records import Batch, Task
 from sdtrain.run_dir import RunDir, write_atomically
 from sdtrain.training import environment
+from sdtrain.training.admission import Admitted, admit
 from sdtrain.training.compile_watch import CompileWatch
 from sdtrain.training.engine import DTYPES, Engine, EngineSettings
 from sdtrain.training.forensics import write_record
@@ -46,7 +44,7 @@ from sdtrain.training.heartbeat import LEAVING, Patience
 from sdtrain.training.keeper import CheckpointKeeper
 from sdtrain.training.lr_schedule import learning_rate_at
 from sdtrain.training.metrics import MetricsLog, Throughput
-from sdtrain.training.outcome import leave_broken, leave_together, refuse_to_spin
+from sdtrain.training.outcome import Refused, leave_broken, leave_refused, leave_together, refuse_to_spin
 from sdtrain.training.preemption import Interrupted, Preemption, Request
 from sdtrain.training.progress import Progress
 from sdtrain.training.reporter import Reporter
@@ -95,6 +93,9 @@ def train(config: TrainingConfig, *, resume: Resume = "auto", hooks: Hooks | Non
         code, reason = run.go(resume)
         run.beat(LEAVING)
         leave_together(run.folder, run.attempt, code, reason, run.step)
+    except Refused as refused:
+        run.beat(LEAVING)
+        code, reason = leave_refused(run.attempt, refused), str(refused)
     except BaseException as error:
         run.beat(LEAVING)
         code, reason = leave_broken(run.folder, run.attempt, error, run.step), f"{type(error).__name__}: {error}"
@@ -163,39 +164,22 @@ class Attempt:
 
     def go(self, resume: Resume) -> tuple[ExitCode, str]:
         """Build everything, resume, train, finish."""
-        config, place = self.config, distributed.ranks()
-        accumulation = grad_accum_steps(config, place.world_size)
-        manifest = build.load_manifest(config.data)
-        build.check_manifest(config, manifest)
-        if place.is_main:
-            self.folder.path.mkdir(parents=True, exist_ok=True)
-            sweep(self.folder.checkpoints)
-        store_url = config.checkpoint.upload_to
-        checkpoint = find_or_fetch(self.folder, resume, store_url=store_url, attempt=self.attempt)
-        if checkpoint is not None:
-            refuse_on_resume(load_training(checkpoint.path / "config.yaml"), config)
-        start = 0 if checkpoint is None else checkpoint.step
-        source = None
-        if checkpoint is None and config.init_from is not None:
-            source = open_checkpoint(config.init_from.checkpoint, check=verify_together)
-        self._announce(checkpoint, start, resume, source)
-        self.beat("build", start)
-        torch.manual_seed(config.seed)  # every rank initialises the same network
-        task = build.build_task(config, manifest)
-        engines = self._engines(task, accumulation)
+        config = self.config
+        admitted = admit(config, self.folder, resume, attempt=self.attempt, beat=self.beat)
+        task, checkpoint, source, start = admitted.task, admitted.checkpoint, admitted.source, admitted.step
+        self._begin(admitted, resume)
+        engines = self._engines(task, admitted.grad_accum_steps)
         distributed.set_timeout(config.trainer.timeout_seconds + GROUP_GRACE_SECONDS)
-        keeper = self.keeper = self._keeper(manifest, engines)
+        keeper = self.keeper = self._keeper(admitted.identity, engines)
         self.beat("restore")
         if checkpoint is not None:
             keeper.restore(checkpoint)
         elif source is not None and config.init_from is not None:
             keeper.fork(source, config.init_from.load)
         self.compiles = CompileWatch() if build.compile_networks(task, config) else None
-        max_steps = build.max_steps(config, manifest)
         self._write_down()
-        self.reporter = self._reporter(task, start, max_steps)
-        self.trainer = self._trainer(task, manifest, engines, keeper, start, max_steps, accumulation)
-        keeper.before_save = self._report_rest
+        self.reporter = self._reporter(task, start, admitted.max_steps)
+        self.trainer = self._trainer(admitted, engines, keeper)
         is_told = distributed.max_over_ranks(self.preemption.poll()) >= Request.REQUEUE  # while it was built
         complete = not is_told and self.trainer.fit()
         self.beat("save")
@@ -254,16 +238,15 @@ class Attempt:
             engines[name] = Engine(trainable.module, settings)
         return engines
 
-    def _keeper(self, manifest: Manifest, engines: Mapping[str, Engine]) -> CheckpointKeeper:
+    def _keeper(self, identity: Mapping[str, Any], engines: Mapping[str, Engine]) -> CheckpointKeeper:
         config = self.config
-        identity: dict[str, Any] = {
-            "data_manifest_sha256": manifest.sha256,
-            "seed": config.seed,
-            "order_version": ORDER_VERSION,
-            "window_shards": config.data.window_shards,
-            "batch_size": config.data.batch_size,
-        }
-        retention = Retention(**config.checkpoint.model_dump(include={each.name for each in fields(Retention)}))
+        retention = Retention(
+            keep_last=config.checkpoint.keep_last,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+            keep_best=config.checkpoint.keep_best,
+            best_by=config.checkpoint.best_by,
+            best_is=config.checkpoint.best_is,
+        )
         return CheckpointKeeper(
             run=self.folder,
             attempt=self.attempt,
@@ -297,15 +280,17 @@ class Attempt:
                     "checkpoint not saved", f"step {saved.step}: training goes on, see the log", "ERROR"
                 )
 
-    def _announce(
-        self, checkpoint: Checkpoint | None, start: int, resume: Resume, source: Checkpoint | None = None
-    ) -> None:
-        """Log the start of this attempt, unless it would end like the last ones; who says where to start knows more."""
+    def _begin(self, admitted: Admitted, resume: Resume) -> None:
+        """Touch the folder for the first time, unless this would end like the last starts; who says where knows it."""
+        checkpoint, source, start = admitted.checkpoint, admitted.source, admitted.step
         page = hashlib.sha256(dump_yaml(self.config).encode()).hexdigest()
         if resume == "auto":
             refuse_to_spin(self.folder, step=start, config_sha256=page)
         if not distributed.ranks().is_main:
             return
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        self.folder.clear_exit(but=self.attempt)
+        sweep(self.folder.checkpoints)
         resumed = None if checkpoint is None else checkpoint.path.name
         world_size = distributed.ranks().world_size
         facts = {"resumed_from": resumed, "step": start, "world_size": world_size, "config_sha256": page}
@@ -338,17 +323,9 @@ class Attempt:
             compiles=self.compiles,
         )
 
-    def _trainer(
-        self,
-        task: Task,
-        manifest: Manifest,
-        engines: Mapping[str, Engine],
-        keeper: CheckpointKeeper,
-        start: int,
-        max_steps: int,
-        accumulation: int,
-    ) -> Trainer:
+    def _trainer(self, admitted: Admitted, engines: Mapping[str, Engine], keeper: CheckpointKeeper) -> Trainer:
         config, reporter = self.config, self.reporter
+        task, manifest, max_steps = admitted.task, admitted.manifest, admitted.max_steps
         assert reporter is not None
 
         def batches_after(step: int) -> Iterator[tuple[int, int, Batch]]:
@@ -365,17 +342,17 @@ class Attempt:
             settings=TrainerSettings(
                 max_steps=max_steps,
                 batch_size=config.data.batch_size,
-                grad_accum_steps=accumulation,
+                grad_accum_steps=admitted.grad_accum_steps,
                 seed=config.seed,
                 log_every_steps=config.trainer.log_every_steps,
                 max_bad_fraction=config.data.max_bad_fraction,
                 health=HealthSettings(**config.health.model_dump()),
             ),
-            batches=batches_after(start),
+            batches=batches_after(admitted.step),
             learning_rate=lambda name, applied: self._learning_rate(
                 task, name, applied - keeper.inherited_steps.get(name, 0), max_steps
             ),
-            start_step=start,
+            start_step=admitted.step,
             events=self._events(task, manifest, engines, keeper),
             on_report=self._report,
             on_unreadable=self.unreadable.note,
@@ -412,12 +389,6 @@ class Attempt:
         self.watched.check()
         self.reporter.report(report)
         self.unreadable.write()
-
-    def _report_rest(self) -> None:
-        """Let `metrics.jsonl` reach as far as the checkpoint that is about to be taken."""
-        assert self.trainer is not None
-        self.trainer.report_rest()
-        self.beat("save", self.step)
 
     def _learning_rate(self, task: Task, name: str, applied: int, max_steps: int) -> float:
         optimizer = self.config.optimizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdtrain import distributed
 from sdtrain.checkpoints.manifest import Checkpoint, buffer_key, rank_file
@@ -13,6 +13,9 @@ from sdtrain.checkpoints.recut import KINDS, layout_of, read_span, tensor_name
 from sdtrain.checkpoints.weights import read_buffers
 from sdtrain.errors import CheckpointError
 from sdtrain.training.engine import Engine
+
+MASTER_BYTES = 4
+"""Of an element of any of `KINDS`: all are fp32."""
 
 
 def rank_files(engines: Mapping[str, Engine]) -> dict[str, dict[str, Tensor]]:
@@ -23,6 +26,13 @@ def rank_files(engines: Mapping[str, Engine]) -> dict[str, dict[str, Tensor]]:
         buffer_key(name, key): value for name, engine in engines.items() for key, value in buffers_of(engine).items()
     }
     return files | {rank_file("extra", rank): extra}
+
+
+def expected_bytes(trained: nn.Module, *, has_ema: bool) -> int:
+    """About how many bytes all ranks together write of a trainable per checkpoint, known before there is an engine."""
+    kinds = len(KINDS) if has_ema else len(KINDS) - 1
+    parameters = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
+    return parameters * kinds * MASTER_BYTES + sum(buffer.nbytes for buffer in trained.buffers())
 
 
 def state_facts(engines: Mapping[str, Engine]) -> dict[str, Any]:

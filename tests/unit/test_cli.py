@@ -173,11 +173,13 @@ def test_python_dash_m() -> None:
 def test_train_hands_over_page_overrides_resume_and_hooks(trained: list[tuple[Any, Any, Any]], tmp_path: Path) -> None:
     assert call("train", TRAIN) == 0
     assert call("train", TRAIN, "seed=7", "trainer.max_steps=2", "--resume", "never") == 0
-    assert call("train", TRAIN, "--resume", tmp_path) == 0
+    checkpoint = tmp_path / "step-00000002"
+    checkpoint.mkdir()
+    assert call("train", TRAIN, "--resume", checkpoint) == 0
     assert [(config.seed, config.trainer.max_steps, resume) for config, resume, _ in trained] == [
         (42, 4, "auto"),
         (7, 2, "never"),
-        (42, 4, tmp_path),
+        (42, 4, checkpoint),
     ]
     for _, _, hooks in trained:
         assert vars(hooks) == {"validate": "validate", "sample": "sample", "finish": "export"}
