@@ -386,7 +386,7 @@ def _check_arguments(width: int, num_heads: int, patch_size: int, sample_size: i
         raise ConfigError(f"DiT: sample_size={sample_size} is no multiple of patch_size={patch_size}; change either")
     if sinusoid_width % 2:
         raise ConfigError(
-            f"DiT: sinusoid_width={sinusoid_width} is odd; half of it are cosines, half sines: make it even"
+            f"DiT: sinusoid_width={sinusoid_width} is odd; half of it are cosines, half are sines: make it even"
         )
 
 

@@ -33,6 +33,14 @@ def test_where_replaces_the_marked_items_alone() -> None:
     assert chosen.vector[:, 0].tolist() == [9.0, 1.0]
 
 
+def test_labels_are_dropped_and_kept_whole_numbers() -> None:
+    told = Conditioning(labels=torch.tensor([3, 4])).cat(Conditioning(labels=torch.tensor([5])))
+    chosen = told.where(torch.tensor([False, True, False]), Conditioning(labels=torch.tensor([10])))
+    moved = chosen.to(dtype=torch.bfloat16)
+    assert moved.labels is not None and moved.labels.tolist() == [3, 10, 5]
+    assert moved.labels.dtype == torch.int64
+
+
 def test_where_keeps_the_precision_of_what_is_replaced() -> None:
     half = Conditioning(tokens=torch.zeros(2, 3, 4, dtype=torch.bfloat16))
     chosen = half.where(torch.tensor([True, False]), Conditioning(tokens=torch.ones(1, 3, 4)))
