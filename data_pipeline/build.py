@@ -29,7 +29,7 @@ def _laion_stages(config: IngestionConfig, source: LaionSource) -> list[Stage]:
     """Metadata to images."""
     from data_pipeline.stages.dedup import dedup_stages
     from data_pipeline.stages.download import DownloadStage
-    from data_pipeline.stages.filter import FilterStage
+    from data_pipeline.stages.filter import filter_stages
     from data_pipeline.stages.metadata import MetadataStage
 
     out = config.output
@@ -40,10 +40,11 @@ def _laion_stages(config: IngestionConfig, source: LaionSource) -> list[Stage]:
         seed=config.seed,
         num_validation=config.validation.num_samples,
         samples_per_shard=config.download.samples_per_shard,
+        exclude=config.dedup.exclude,
     )
     return [
         MetadataStage(source.metadata, source.columns, out / "01-metadata"),
-        FilterStage(filter_settings(config.filter), out / "01-metadata", out / "02-filter"),
+        *filter_stages(filter_settings(config.filter), out / "01-metadata", out / "02-filter"),
         *dedup,
         DownloadStage(
             out / "03-dedup",
@@ -137,6 +138,8 @@ def filter_settings(config: FilterConfig) -> FilterSettings:
         nsfw_allow=None if nsfw is None else nsfw.allow,
         max_punsafe=None if nsfw is None else nsfw.max_punsafe,
         nulls=config.nulls.model_dump(),
+        percentiles=config.percentiles.model_dump(exclude_none=True),
+        keep_rejected=config.keep_rejected,
     )
 
 

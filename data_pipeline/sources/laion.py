@@ -4,13 +4,13 @@ The alias map is the only place that knows how the files spell their columns:
 
 - laion2B-en: SAMPLE_ID, URL, TEXT, HEIGHT, WIDTH, LICENSE, NSFW (text), similarity
 - laion2B-en-joined, -aesthetic: URL, TEXT, WIDTH, HEIGHT, similarity, hash, punsafe, pwatermark, aesthetic (V1)
+- LAION-400M: as laion2B-en; laion2B-multi: LANGUAGE as well
 - LAION-Aesthetics V2: the above and AESTHETIC_SCORE (V2)
 - Re-LAION: lower case; `width` may be of the resized picture, so `original_width` is preferred
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +39,13 @@ ALIASES: Mapping[str, tuple[Kind, tuple[str, ...]]] = {
     "aesthetic_v2": ("number", ("aesthetic_score",)),
     "source_hash": ("integer", ("hash",)),
     "sample_id": ("integer", ("sample_id",)),
+    "md5": ("text", ("md5",)),
+    "sha256": ("text", ("sha256",)),
 }
 """Our name -> kind of value and the names in files, lower case, the preferred one first."""
 
 REQUIRED = ("url", "caption")
 BATCH_ROWS = 65_536
-_COLUMNS_KEY = b"sdtrain.columns"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,39 +60,106 @@ class Columns:
     chosen: Mapping[str, str]
     present: tuple[str, ...]
 
-    def to_metadata(self) -> dict[bytes, bytes]:
-        """For the canonical file's schema, so that later errors can speak of the original's columns."""
-        return {_COLUMNS_KEY: json.dumps({"chosen": dict(self.chosen), "present": list(self.present)}).encode()}
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A LAION file whose columns are known.
+
+    Attributes:
+        path: The file on this machine.
+        source: What messages call it: its path, or the URL that it was fetched from.
+        rows: Rows that its footer promises.
+        columns: Which of its columns are ours.
+    """
+
+    path: Path
+    source: str
+    rows: int
+    columns: Columns
 
     @classmethod
-    def of_canonical(cls, schema: pa.Schema) -> Columns:
-        """Read back what `to_metadata` stored."""
-        page = json.loads((schema.metadata or {})[_COLUMNS_KEY])
-        return cls(page["chosen"], tuple(page["present"]))
+    def open(cls, path: Path, overrides: Mapping[str, str], source: str | None = None) -> Table:
+        """Look at a file's footer.
+
+        Args:
+            path: The file.
+            overrides: Our name -> the file's name, where the alias map does not know it.
+            source: What messages call it; its path where this is None.
+
+        Raises:
+            DataError: Not a readable file, empty, a needed column is absent, or a column has the wrong type.
+        """
+        source = source or str(path)
+        file = _open_parquet(path, source)
+        columns = resolve_columns(file.schema_arrow.names, overrides, source)
+        for ours, theirs in columns.chosen.items():
+            _check_type(file.schema_arrow.field(theirs).type, ours, theirs, source)
+        return cls(path, source, file.metadata.num_rows, columns)
+
+    def batches(self, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Its rows as batches of our columns, or of some of them, in its order.
+
+        Text becomes `string` (checked UTF-8), sizes `int64`; scores keep the precision that they were published in, so
+        that a threshold means the same number there. NaN scores and sizes become null.
+
+        Raises:
+            DataError: The file is damaged inside, or a value is not of its column's kind.
+        """
+        chosen = {ours: theirs for ours, theirs in self.columns.chosen.items() if names is None or ours in names}
+        for batch in _raw_batches(_open_parquet(self.path, self.source), list(chosen.values()), self.source):
+            arrays = [_cast(batch.column(theirs), ours, theirs, self.source) for ours, theirs in chosen.items()]
+            yield pa.record_batch(arrays, names=list(chosen))
 
 
-def metadata_files(where: str) -> list[Path]:
-    """The parquet files of a folder or a glob, sorted by name.
+class TableWriter:
+    """Context manager that writes batches as a parquet file with row groups of useful size.
 
-    Raises:
-        DataError: There is none.
+    Small batches are gathered first: a filter leaves few rows of each, and a row group for each would be slow to read.
+
+    Args:
+        path: The file.
+        row_group: Most rows of a row group; small ones make it cheap to read a few rows.
     """
-    place = Path(where)
-    root = Path(place.anchor)
-    found = place.glob("*.parquet") if place.is_dir() else root.glob(str(place.relative_to(root)))
-    files = sorted(path for path in found if path.is_file())
-    if not files:
-        raise DataError(f"source.metadata: {where}: no parquet file there; give a folder of *.parquet or a glob")
-    return files
+
+    def __init__(self, path: Path, row_group: int = BATCH_ROWS):
+        self._path = path
+        self._row_group = row_group
+        self._writer: pq.ParquetWriter | None = None
+        self._gathered: list[pa.RecordBatch] = []
+        self._rows = 0
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Append rows; all batches have the columns of the first."""
+        self._gathered.append(batch)
+        self._rows += batch.num_rows
+        if self._rows >= BATCH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        table = pa.Table.from_batches(self._gathered)
+        if self._writer is None:  # URLs and captions are all different: trying a dictionary on them costs half the time
+            names: Any = [name for name in table.schema.names if name not in ("url", "caption")]
+            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd", use_dictionary=names)
+        self._writer.write_table(table, row_group_size=self._row_group)
+        self._gathered, self._rows = [], 0
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
+        if exc_type is None and (self._gathered or self._writer is None):
+            self._flush()
+        if self._writer is not None:
+            self._writer.close()
 
 
-def resolve_columns(names: Sequence[str], overrides: Mapping[str, str], source: Path) -> Columns:
+def resolve_columns(names: Sequence[str], overrides: Mapping[str, str], source: str) -> Columns:
     """Find our columns among a file's, whatever their case.
 
     Args:
         names: The file's columns.
         overrides: Our name -> the file's name, exactly; beats the alias map.
-        source: The file, for messages.
+        source: What messages call the file.
 
     Raises:
         DataError: An override fits nothing, two columns differ by case only, or there is no URL or caption.
@@ -121,7 +189,19 @@ def resolve_columns(names: Sequence[str], overrides: Mapping[str, str], source: 
     return Columns(chosen, tuple(names))
 
 
-def _checked_overrides(names: Sequence[str], overrides: Mapping[str, str], source: Path) -> Mapping[str, str]:
+def resolve_url_column(names: Sequence[str], source: str) -> str:
+    """The column of URLs of any table, whatever its case.
+
+    Raises:
+        DataError: There is none, or more than one.
+    """
+    found = [name for name in names if name.lower() in ALIASES["url"][1]]
+    if len(found) != 1:
+        raise DataError(f"{source}: {len(found)} columns of URLs; columns present: {', '.join(names)}; name one url")
+    return found[0]
+
+
+def _checked_overrides(names: Sequence[str], overrides: Mapping[str, str], source: str) -> Mapping[str, str]:
     for ours, theirs in overrides.items():
         if ours not in ALIASES:
             raise DataError(f"source.columns: {ours!r} is no column of ours; allowed: {', '.join(ALIASES)}")
@@ -130,66 +210,48 @@ def _checked_overrides(names: Sequence[str], overrides: Mapping[str, str], sourc
     return overrides
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """Open a parquet file that holds rows.
-
-    Raises:
-        DataError: It is no parquet file, is cut off, or is empty.
-    """
+def _open_parquet(path: Path, source: str) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise DataError(f"{source}: no such file") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file, or cut off: {_one_line(error)}") from None
+        raise DataError(
+            f"{source}: not a readable parquet file, or cut off: {_one_line(error)}; fetch it again, or take it out"
+        ) from None
     if file.metadata.num_rows == 0:
-        raise DataError(f"{path}: the table is empty; remove the file or fetch it again")
+        raise DataError(f"{source}: the table is empty; remove the file or fetch it again")
     return file
 
 
-def read_canonical(path: Path, overrides: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
-    """Stream a LAION file as batches of our columns, in its order of rows.
-
-    Text becomes `string` (checked UTF-8), sizes `int64`; scores keep the precision that they were published in, so that
-    a threshold means the same number there. NaN scores and sizes become null.
-
-    Raises:
-        DataError: Not a readable file, empty, a needed column is absent, or a column has the wrong type.
-    """
-    file = open_parquet(path)
-    columns = resolve_columns(file.schema_arrow.names, overrides, path)
-    for ours, theirs in columns.chosen.items():
-        _check_type(file.schema_arrow.field(theirs).type, ours, theirs, path)
-    metadata = columns.to_metadata()
-    for batch in _batches(file, list(columns.chosen.values()), path):
-        arrays = [_cast(batch.column(theirs), ours, theirs, path) for ours, theirs in columns.chosen.items()]
-        schema = pa.schema(
-            [pa.field(ours, array.type) for ours, array in zip(columns.chosen, arrays, strict=True)], metadata=metadata
-        )
-        yield pa.record_batch(arrays, schema=schema)
+def _raw_batches(file: pq.ParquetFile, names: list[str], source: str) -> Iterator[pa.RecordBatch]:
+    first = 0
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        try:
+            yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=names)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{source}: damaged inside, in row group {group} of {file.num_row_groups} (rows {first:,} to "
+                f"{first + rows - 1:,}): {_one_line(error)}; fetch it again, or take it out"
+            ) from None
+        first += rows
 
 
-def _batches(file: pq.ParquetFile, names: list[str], path: Path) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from file.iter_batches(BATCH_ROWS, columns=names)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged inside: {_one_line(error)}") from None
-
-
-def _check_type(found: pa.DataType, ours: str, theirs: str, path: Path) -> None:
+def _check_type(found: pa.DataType, ours: str, theirs: str, source: str) -> None:
     kind = ALIASES[ours][0]
     if pa.types.is_dictionary(found):
         found = found.value_type
     is_text = pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_binary(found)
     is_number = pa.types.is_integer(found) or pa.types.is_floating(found)
     if not (pa.types.is_null(found) or (is_text if kind == "text" else is_number)):
-        raise DataError(f"{path}: column {theirs} has type {found}, but {ours} must be {_KIND_WORDS[kind]}")
+        raise DataError(f"{source}: column {theirs} has type {found}, but {ours} must be {_KIND_WORDS[kind]}")
 
 
 _KIND_WORDS = {"text": "text", "number": "a number", "integer": "a whole number"}
 
 
-def _cast(array: pa.Array, ours: str, theirs: str, path: Path) -> pa.Array:
+def _cast(array: pa.Array, ours: str, theirs: str, source: str) -> pa.Array:
     kind = ALIASES[ours][0]
     try:
         if kind == "text":
@@ -202,7 +264,7 @@ def _cast(array: pa.Array, ours: str, theirs: str, path: Path) -> pa.Array:
             return array.cast(pa.int64())
         return array if pa.types.is_floating(array.type) else array.cast(pa.float64())
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: column {theirs} does not hold {_KIND_WORDS[kind]}: {_one_line(error)}") from None
+        raise DataError(f"{source}: column {theirs} does not hold {_KIND_WORDS[kind]}: {_one_line(error)}") from None
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,23 +1,28 @@
 """Stage `filter`: seven rules on typed columns, vectorised, each with its count in the survival funnel.
 
-Before them, rows without a URL are rejected: there is nothing to download.
+Before them, rows without a URL are rejected: there is nothing to download. Percentile thresholds are rules of their
+own, each after the rule with the fixed threshold; what they cut at is found by the stage `filter-percentiles`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from data_pipeline.funnel import Funnel
-from data_pipeline.sources.laion import BATCH_ROWS, Columns
-from data_pipeline.stage import Needs, Unit, Work, one_to_one
+from data_pipeline.sources.laion import Columns, TableWriter
+from data_pipeline.stage import Needs, Stage, Unit, Work
+from data_pipeline.stages.metadata import read_card, table_units
+from data_pipeline.stages.percentiles import PercentilesStage, read_cuts
 from sdtrain.errors import DataError
 
 pc: Any = pyarrow.compute  # its functions are generated at import, so a type checker sees none of them
@@ -65,6 +70,8 @@ class FilterSettings:
         nsfw_allow: Values of a string column NSFW that pass; None switches the rule off.
         max_punsafe: Where there is only `punsafe`: values below this pass; None switches the rule off.
         nulls: Rule family (aesthetic, similarity, size, caption, pwatermark, nsfw) -> reject or keep.
+        percentiles: Rule family (aesthetic, similarity, pwatermark, punsafe) -> percentile of the whole table.
+        keep_rejected: Write rejected rows too, with the rule that rejected them.
     """
 
     min_aesthetic: float | None
@@ -80,29 +87,50 @@ class FilterSettings:
     nsfw_allow: tuple[str, ...] | None
     max_punsafe: float | None
     nulls: Mapping[str, NullPolicy]
+    percentiles: Mapping[str, float] = field(default_factory=dict)
+    keep_rejected: bool = False
 
     def facts(self) -> dict[str, Any]:
         """All settings as JSON."""
         allow = None if self.nsfw_allow is None else list(self.nsfw_allow)
-        return {**vars(self), "nsfw_allow": allow, "nulls": dict(self.nulls)}
+        return {**vars(self), "nsfw_allow": allow, "nulls": dict(self.nulls), "percentiles": dict(self.percentiles)}
+
+    def percentile_columns(self) -> dict[str, str]:
+        """Rule family of each percentile threshold -> the column that it is about."""
+        return {
+            family: f"aesthetic_{self.aesthetic_scale}" if family == "aesthetic" else family
+            for family in self.percentiles
+        }
 
 
-def rules_for(settings: FilterSettings, columns: Columns, source: Path) -> list[Rule]:
+def rules_for(
+    settings: FilterSettings, columns: Columns, source: str, cuts: Mapping[str, float] | None = None
+) -> list[Rule]:
     """The active rules in the funnel's order, bound to a file's columns.
+
+    Args:
+        settings: The thresholds.
+        columns: The file's columns.
+        source: What messages call the file.
+        cuts: Column -> the value at its percentile, for the percentiles of `settings`.
 
     Raises:
         DataError: A rule is on, but its column is not in the file; the message names the columns that are.
     """
-    build = _RuleBuilder(settings, columns, source)
+    build = _RuleBuilder(settings, columns, source, cuts or {})
     candidates = [
-        Rule("url", "present", "reject", lambda batch: pc.greater(pc.utf8_length(batch["url"]), 0)),
+        Rule("url", "present", "reject", lambda batch: pc.greater(pc.binary_length(batch["url"]), 0)),
         build.aesthetic(),
+        build.percentile("aesthetic"),
         build.similarity(),
+        build.percentile("similarity"),
         build.size(),
         build.aspect_ratio(),
         build.caption(),
         build.pwatermark(),
+        build.percentile("pwatermark"),
         build.nsfw(),
+        build.percentile("punsafe"),
     ]
     return [rule for rule in candidates if rule is not None]
 
@@ -111,7 +139,8 @@ def rules_for(settings: FilterSettings, columns: Columns, source: Path) -> list[
 class _RuleBuilder:
     settings: FilterSettings
     columns: Columns
-    source: Path
+    source: str
+    cuts: Mapping[str, float]
 
     def _need(self, column: str, key: str, spelled: str, advice: str = "") -> None:
         if column not in self.columns.chosen:
@@ -193,6 +222,17 @@ class _RuleBuilder:
         self._need("punsafe", "nsfw", "NSFW or punsafe")
         return Rule("nsfw", f"punsafe < {limit:g}", self._nulls("nsfw"), _below("punsafe", limit))
 
+    def percentile(self, family: str) -> Rule | None:
+        percent = self.settings.percentiles.get(family)
+        if percent is None:
+            return None
+        column = self.settings.percentile_columns()[family]
+        self._need(column, f"percentiles.{family}", column)
+        cut, is_least = self.cuts[column], family in ("aesthetic", "similarity")
+        words = f"{'>=' if is_least else '<='} percentile {percent:g} = {cut:g}"
+        check = _least(column, cut) if is_least else _at_most(column, cut)
+        return Rule(f"{family}_percentile", words, self._nulls("nsfw" if family == "punsafe" else family), check)
+
     def _nulls(self, family: str) -> NullPolicy:
         return self.settings.nulls[family]
 
@@ -204,6 +244,10 @@ def _threshold(value: float, kind: pa.DataType) -> pa.Scalar:
 
 def _least(column: str, value: float) -> Check:
     return lambda batch: pc.greater_equal(batch[column], _threshold(value, batch[column].type))
+
+
+def _at_most(column: str, value: float) -> Check:
+    return lambda batch: pc.less_equal(batch[column], _threshold(value, batch[column].type))
 
 
 def _below(column: str, value: float) -> Check:
@@ -240,36 +284,57 @@ def _range_words(unit: str, low: float | None, high: float | None) -> str:
     return f">= {low:g}{unit}" if low is not None else f"<= {high:g}{unit}"
 
 
+def judge(batch: pa.RecordBatch, rules: Sequence[Rule]) -> npt.NDArray[np.uint8]:
+    """For each row the place of the first rule that rejects it, counted from 1; 0 passes."""
+    verdict = np.zeros(batch.num_rows, np.uint8)
+    for place, rule in reversed(list(enumerate(rules, 1))):
+        verdict[~rule.passes(batch).to_numpy(zero_copy_only=False)] = place
+    return verdict
+
+
 def apply_rules(batch: pa.RecordBatch, rules: Sequence[Rule]) -> tuple[pa.RecordBatch, dict[str, int]]:
     """The rows that pass every rule, and how many each rule was the first to reject."""
-    alive = pa.array([True]).take(pa.array([0] * batch.num_rows, pa.int64()))
-    rejected = {}
-    for rule in rules:
-        left = pc.and_(alive, rule.passes(batch))
-        rejected[rule.name] = _count(alive) - _count(left)
-        alive = left
-    return batch.filter(alive), rejected
+    verdict = judge(batch, rules)
+    return batch.filter(pa.array(verdict == 0)), _rejected(verdict, rules)
 
 
-def _count(mask: pa.Array) -> int:
-    return pc.sum(mask).as_py() or 0
+def _rejected(verdict: npt.NDArray[np.uint8], rules: Sequence[Rule]) -> dict[str, int]:
+    counts = np.bincount(verdict, minlength=len(rules) + 1)
+    return {rule.name: int(count) for rule, count in zip(rules, counts[1:], strict=True)}
+
+
+def filter_stages(settings: FilterSettings, source: Path, folder: Path) -> list[Stage]:
+    """The filter, and before it the search for its percentiles where it has any.
+
+    Args:
+        settings: The thresholds.
+        source: Folder of the metadata stage.
+        folder: Folder of the filtered files.
+    """
+    columns = tuple(sorted(settings.percentile_columns().values()))
+    if not columns:
+        return [FilterStage(settings, source, folder)]
+    percentiles = folder.with_name(f"{folder.name}-percentiles")
+    return [PercentilesStage(columns, source, percentiles), FilterStage(settings, source, folder, percentiles)]
 
 
 @dataclass(frozen=True)
 class FilterStage:
-    """Rows that pass all rules, one output for each canonical file.
+    """Rows that pass all rules, one output for each table.
 
     Attributes:
         settings: The thresholds.
         source: Folder of the metadata stage.
-        folder: Where the filtered files and funnel.json go.
+        folder: Where the filtered files and funnel.json go; rejected rows go to `<unit>.rejected.parquet`.
+        percentiles: Folder of the stage that finds percentiles; None where `settings` has none.
     """
 
     settings: FilterSettings
     source: Path
     folder: Path
+    percentiles: Path | None = None
     name: str = "filter"
-    version: str = "1"
+    version: str = "2"
     needs: Needs = field(default_factory=Needs)
 
     def config_facts(self) -> dict[str, Any]:
@@ -277,27 +342,45 @@ class FilterStage:
         return self.settings.facts()
 
     def units(self) -> list[Unit]:
-        """One for each canonical file."""
-        return one_to_one(self.source, ".parquet")
+        """One for each table; the values that percentiles stand for are part of each."""
+        units = table_units(self.source)
+        if self.percentiles is None:
+            return units
+        cuts = read_cuts(self.percentiles, self.settings.percentiles, self.settings.percentile_columns())
+        return [replace(unit, facts={"cuts": cuts}) for unit in units]
 
     def worker(self) -> Work:
-        """Stream one file through the rules."""
+        """Stream one table through the rules."""
 
         def work(unit: Unit, folder: Path) -> dict[str, Any]:
-            file = pq.ParquetFile(unit.inputs[0])
-            rules = rules_for(self.settings, Columns.of_canonical(file.schema_arrow), unit.inputs[0])
+            table = read_card(unit.inputs[0])
+            rules = rules_for(self.settings, table.columns, table.source, unit.facts.get("cuts"))
             funnel = Funnel.empty([(rule.name, rule.setting) for rule in rules])
-            with pq.ParquetWriter(folder / f"{unit.name}.parquet", file.schema_arrow, compression="zstd") as writer:
-                for batch in file.iter_batches(BATCH_ROWS):
-                    passed, rejected = apply_rules(batch, rules)
-                    writer.write_batch(passed)
-                    funnel = funnel.add(batch.num_rows, rejected)
+            with ExitStack() as stack:
+                passed = stack.enter_context(TableWriter(folder / f"{unit.name}.parquet"))
+                dropped = TableWriter(folder / f"{unit.name}.rejected.parquet")
+                if self.settings.keep_rejected:
+                    stack.enter_context(dropped)
+                for batch in table.batches():
+                    verdict = judge(batch, rules)
+                    passed.add(batch.filter(pa.array(verdict == 0)))
+                    if self.settings.keep_rejected:
+                        dropped.add(_with_reasons(batch, verdict, rules))
+                    funnel = funnel.add(batch.num_rows, _rejected(verdict, rules))
             return funnel.to_json()
 
         return work
 
-    def report(self, stats: Sequence[Mapping[str, Any]]) -> Table:
+    def report(self, stats: Sequence[Mapping[str, Any]]) -> RichTable:
         """Add the files' funnels up, write funnel.json, show the table."""
         funnel = Funnel.total([Funnel.from_json(row) for row in stats])
         funnel.write(self.folder / "funnel.json")
         return funnel.table()
+
+
+def _with_reasons(batch: pa.RecordBatch, verdict: npt.NDArray[np.uint8], rules: Sequence[Rule]) -> pa.RecordBatch:
+    """The rejected rows, with the name of the first rule that rejects each as `rejected_by`."""
+    is_rejected = verdict > 0
+    names = pa.array([rule.name for rule in rules], pa.string())
+    reasons = names.take(pa.array(verdict[is_rejected].astype(np.int64) - 1))
+    return batch.filter(pa.array(is_rejected)).append_column("rejected_by", reasons)

@@ -28,7 +28,8 @@ class LaionSource(Section):
 
     Attributes:
         type: `laion`.
-        metadata: A folder of parquet files, or a glob like `metadata/part-*.parquet`.
+        metadata: A folder of parquet files, a glob like `metadata/part-*.parquet`, or a URL of either that fsspec
+            reads: `hf://datasets/ORG/NAME`, `s3://BUCKET/FOLDER/*.parquet`. What is remote is copied once.
         columns: Our name to the file's name, for files whose columns are called otherwise, e.g. `{url: image_link}`.
     """
 
@@ -86,6 +87,25 @@ class NsfwConfig(Section):
     max_punsafe: Fraction = 0.2
 
 
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class PercentilesConfig(Section):
+    """Thresholds as percentiles of a column over the whole table: the exact value, whatever the number of workers.
+
+    Attributes:
+        aesthetic: Rows with a score below this percentile are rejected.
+        similarity: Rows with a CLIP similarity below this percentile are rejected.
+        pwatermark: Rows with a watermark probability above this percentile are rejected.
+        punsafe: Rows with a punsafe above this percentile are rejected.
+    """
+
+    aesthetic: Percent | None = None
+    similarity: Percent | None = None
+    pwatermark: Percent | None = None
+    punsafe: Percent | None = None
+
+
 class FilterConfig(Section):
     """Which rows are worth a download; null switches a rule off. A rule whose column is absent is an error.
 
@@ -102,6 +122,8 @@ class FilterConfig(Section):
         max_pwatermark: Rows with a watermark probability below this pass.
         nsfw: What counts as safe; null takes everything.
         nulls: What happens to rows with absent values.
+        percentiles: Thresholds that follow from the table; each is applied beside the fixed one.
+        keep_rejected: Write rejected rows too, each with the rule that rejected it.
     """
 
     min_aesthetic: float | None = 6.5
@@ -116,6 +138,8 @@ class FilterConfig(Section):
     max_pwatermark: Fraction | None = 0.5
     nsfw: NsfwConfig | None = NsfwConfig()
     nulls: NullsConfig = NullsConfig()
+    percentiles: PercentilesConfig = PercentilesConfig()
+    keep_rejected: bool = False
 
 
 class DedupConfig(Section):
@@ -123,9 +147,12 @@ class DedupConfig(Section):
 
     Attributes:
         by: `url`, or `url_text` (the same URL with another caption is another row).
+        exclude: Lists of pictures that must not be trained on, such as those of an evaluation set: text files with a
+            URL or its hash (a sample's key by `url`) in each line, or parquet files with a URL column.
     """
 
     by: Literal["url", "url_text"] = "url"
+    exclude: tuple[Path, ...] = ()
 
 
 class ValidationSplitConfig(Section):

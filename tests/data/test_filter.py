@@ -17,7 +17,7 @@ from data_pipeline.build import filter_settings
 from data_pipeline.cluster import InlineExecutor
 from data_pipeline.funnel import Funnel
 from data_pipeline.runner import Runner
-from data_pipeline.sources.laion import Columns, read_canonical
+from data_pipeline.sources.laion import Table
 from data_pipeline.stages.filter import FilterSettings, FilterStage, apply_rules, rules_for
 from data_pipeline.stages.metadata import MetadataStage
 from sdtrain.config.ingestion import FilterConfig, NsfwConfig
@@ -78,21 +78,19 @@ SETTINGS: dict[str, FilterSettings] = {
 }
 
 
-def canonical(tmp_path: Path, family: Family, rows: list[dict[str, Any]]) -> pa.RecordBatch:
+def laion_table(tmp_path: Path, family: Family, rows: list[dict[str, Any]]) -> Table:
     arrays = {name: pa.array([row.get(key) for row in rows], kind) for name, (key, kind) in family.items()}
     pq.write_table(pa.table(arrays), tmp_path / "in.parquet")
-    (batch,) = read_canonical(tmp_path / "in.parquet", {})
-    return batch
+    return Table.open(tmp_path / "in.parquet", {})
 
 
 def survivors(tmp_path: Path, name: str, *rows: dict[str, Any], **settings) -> list[bool]:
     """Which of the rows pass; each row is GOOD with some changes."""
     family, chosen = FAMILIES[name], replace(SETTINGS[name], **settings)
     numbered = [{**GOOD, **row, "url": f"http://a/{index}"} for index, row in enumerate(rows)]
-    batch = canonical(tmp_path, family, numbered)
-    passed, rejected = apply_rules(
-        batch, rules_for(chosen, Columns.of_canonical(batch.schema), tmp_path / "in.parquet")
-    )
+    table = laion_table(tmp_path, family, numbered)
+    (batch,) = table.batches()
+    passed, rejected = apply_rules(batch, rules_for(chosen, table.columns, table.source))
     assert sum(rejected.values()) == len(rows) - passed.num_rows
     left = set(passed["url"].to_pylist())
     return [row["url"] in left for row in numbered]
@@ -187,18 +185,19 @@ def test_pictures_without_pixels_have_no_ratio(tmp_path):
 
 
 def test_rows_without_a_url_never_pass(tmp_path):
-    batch = canonical(tmp_path, FAMILIES["aesthetics-v2"], [GOOD, {**GOOD, "url": None}, {**GOOD, "url": ""}])
-    passed, rejected = apply_rules(batch, rules_for(PUBLISHED, Columns.of_canonical(batch.schema), tmp_path))
+    table = laion_table(tmp_path, FAMILIES["aesthetics-v2"], [GOOD, {**GOOD, "url": None}, {**GOOD, "url": ""}])
+    (batch,) = table.batches()
+    passed, rejected = apply_rules(batch, rules_for(PUBLISHED, table.columns, table.source))
     assert passed.num_rows == 1 and rejected["url"] == 2
 
 
 def test_rules_that_are_off_need_no_column(tmp_path):
-    off = {key: None for key in vars(PUBLISHED) if key not in ("aesthetic_scale", "nulls")}
+    kept = ("aesthetic_scale", "nulls", "percentiles", "keep_rejected")
+    off = {key: None for key in vars(PUBLISHED) if key not in kept}
     bad = {"width": 1, "height": 9, "caption": "", "pwatermark": 1.0, "punsafe": 1.0, "score": 0.0, "similarity": -1.0}
     assert survivors(tmp_path, "aesthetics-v2", bad, **off) == [True]
-    batch = canonical(tmp_path, {name: SHARED[name] for name in ("URL", "TEXT")}, [GOOD])
-    settings = replace(PUBLISHED, **off)
-    rules = rules_for(settings, Columns.of_canonical(batch.schema), tmp_path)
+    table = laion_table(tmp_path, {name: SHARED[name] for name in ("URL", "TEXT")}, [GOOD])
+    rules = rules_for(replace(PUBLISHED, **off), table.columns, table.source)
     assert [rule.name for rule in rules] == ["url"]
     assert filter_settings(FilterConfig(nsfw=None)).nsfw_allow is None
     assert filter_settings(FilterConfig(nsfw=NsfwConfig(allow=("UNLIKELY", "UNSURE")))).nsfw_allow == (
@@ -235,9 +234,9 @@ def test_a_rule_without_its_column_is_an_error_that_names_the_columns(tmp_path, 
         "no size": {name: spec for name, spec in JOINED.items() if name not in ("WIDTH", "HEIGHT")},
         "no safety": {name: spec for name, spec in JOINED.items() if name != "punsafe"},
     }
-    batch = canonical(tmp_path, families[family], [GOOD])
+    table = laion_table(tmp_path, families[family], [GOOD])
     with pytest.raises(DataError, match=message):
-        rules_for(replace(PUBLISHED, **changes), Columns.of_canonical(batch.schema), tmp_path / "in.parquet")
+        rules_for(replace(PUBLISHED, **changes), table.columns, table.source)
 
 
 def test_the_first_rule_that_rejects_counts_and_the_funnel_adds_up(tmp_path):
@@ -245,7 +244,7 @@ def test_the_first_rule_that_rejects_counts_and_the_funnel_adds_up(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     for index in range(3):
-        canonical(tmp_path, FAMILIES["aesthetics-v2"], [{**GOOD, **row} for row in rows[: 2 * index + 2]])
+        laion_table(tmp_path, FAMILIES["aesthetics-v2"], [{**GOOD, **row} for row in rows[: 2 * index + 2]])
         (tmp_path / "in.parquet").rename(source / f"{index}.parquet")
     stages = [
         MetadataStage(str(source), {}, out / "01-metadata"),
@@ -280,6 +279,7 @@ def test_funnels_of_different_schemas_add_up_under_one_name():
 
 
 def test_an_empty_filtered_file_keeps_its_columns(tmp_path):
-    batch = canonical(tmp_path, FAMILIES["aesthetics-v2"], [{**GOOD, "score": 1.0}])
-    passed, _ = apply_rules(batch, rules_for(PUBLISHED, Columns.of_canonical(batch.schema), tmp_path))
+    table = laion_table(tmp_path, FAMILIES["aesthetics-v2"], [{**GOOD, "score": 1.0}])
+    (batch,) = table.batches()
+    passed, _ = apply_rules(batch, rules_for(PUBLISHED, table.columns, table.source))
     assert passed.num_rows == 0 and passed.schema == batch.schema

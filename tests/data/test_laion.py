@@ -11,8 +11,9 @@ import pytest
 
 from data_pipeline.cluster import InlineExecutor
 from data_pipeline.runner import Runner
-from data_pipeline.sources.laion import Columns, metadata_files, read_canonical, resolve_columns
-from data_pipeline.stages.metadata import MetadataStage
+from data_pipeline.sources.laion import Table, resolve_columns
+from data_pipeline.sources.tables import find_tables
+from data_pipeline.stages.metadata import MetadataStage, read_card
 from sdtrain.errors import DataError, ExitCode
 
 URL, TEXT = pa.array(["http://a/1", "http://a/2"]), pa.array(["one", None], pa.string())
@@ -104,12 +105,13 @@ def write(path: Path, columns) -> Path:
 
 
 def read(path: Path, overrides=None) -> pa.Table:
-    return pa.Table.from_batches(list(read_canonical(path, overrides or {})))
+    return pa.Table.from_batches(list(Table.open(path, overrides or {}).batches()))
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_schema_becomes_typed_columns(tmp_path, name):
-    table = read(write(tmp_path / "a.parquet", SCHEMAS[name]))
+    path = write(tmp_path / "a.parquet", SCHEMAS[name])
+    table = read(path)
     assert table.schema.names == COLUMNS[name]
     assert table.schema.field("url").type == pa.string() and table.schema.field("width").type == pa.int64()
     assert table["url"].to_pylist() == ["http://a/1", "http://a/2"] and table["caption"].to_pylist() == ["one", None]
@@ -119,7 +121,7 @@ def test_every_schema_becomes_typed_columns(tmp_path, name):
         assert table.schema.field("punsafe").type == pa.float32()
     if name == "laion2B-en-joined":
         assert table["punsafe"].to_pylist()[1] is None, "NaN is an absent value"
-    assert Columns.of_canonical(table.schema).present == tuple(SCHEMAS[name])
+    assert Table.open(path, {}).columns.present == tuple(SCHEMAS[name])
 
 
 def test_overrides_beat_the_alias_map(tmp_path):
@@ -147,11 +149,11 @@ def test_overrides_beat_the_alias_map(tmp_path):
 )
 def test_columns_that_do_not_fit_are_named(names, overrides, message):
     with pytest.raises(DataError, match=message):
-        resolve_columns(names, overrides, Path("a.parquet"))
+        resolve_columns(names, overrides, "a.parquet")
 
 
 def test_an_override_settles_columns_that_differ_by_case():
-    columns = resolve_columns(["URL", "url", "TEXT"], {"url": "url"}, Path("a"))
+    columns = resolve_columns(["URL", "url", "TEXT"], {"url": "url"}, "a")
     assert columns.chosen == {"url": "url", "caption": "TEXT"}
 
 
@@ -186,7 +188,7 @@ def test_empty_foreign_and_cut_files_are_one_line(tmp_path):
         "cut.parquet": (whole[: len(whole) // 2], "not a readable parquet file, or cut off"),
         "text.parquet": (b"<html>429</html>", "not a readable parquet file, or cut off"),
         "zero.parquet": (b"", "not a readable parquet file, or cut off"),
-        "damaged.parquet": (bytes(damaged), "damaged inside"),
+        "damaged.parquet": (bytes(damaged), r"damaged inside, in row group 0 of 1 \(rows 0 to 1\): .*; fetch it again"),
     }
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -204,12 +206,12 @@ def test_files_come_from_a_folder_or_a_glob_in_the_order_of_their_names(tmp_path
     for name in ("b.parquet", "a.parquet", "c.txt", "deep/d.parquet"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [path.name for path in metadata_files(str(tmp_path))] == ["a.parquet", "b.parquet"]
-    assert [path.name for path in metadata_files(str(tmp_path / "*" / "*.parquet"))] == ["d.parquet"]
+    assert [path.name for path in find_tables(str(tmp_path))] == ["a.parquet", "b.parquet"]
+    assert [path.name for path in find_tables(str(tmp_path / "*" / "*.parquet"))] == ["d.parquet"]
     monkeypatch.chdir(tmp_path)
-    assert metadata_files("[ab].parquet") == [Path("a.parquet"), Path("b.parquet")]
+    assert find_tables("[ab].parquet") == [Path("a.parquet"), Path("b.parquet")]
     with pytest.raises(DataError, match=r"source\.metadata: none/\*: no parquet file there; give a folder of"):
-        metadata_files("none/*")
+        find_tables("none/*")
 
 
 def test_the_stage_keeps_every_row_and_lists_damaged_files(tmp_path):
@@ -220,8 +222,9 @@ def test_the_stage_keeps_every_row_and_lists_damaged_files(tmp_path):
     stage = MetadataStage(str(source), {}, tmp_path / "out" / "01-metadata")
     runner = Runner(output=tmp_path / "out", executor=InlineExecutor())
     runner.run([stage])
-    rows = [pq.read_metadata(path).num_rows for path in sorted(stage.folder.glob("0*.parquet"))]
-    assert rows == [2] * len(SCHEMAS)
+    cards = [read_card(path) for path in sorted(stage.folder.glob("0000?.json"))]
+    assert [card.rows for card in cards] == [2] * len(SCHEMAS)
+    assert [card.path for card in cards] == sorted(source.glob("*.parquet"))
     (source / "1.parquet").write_bytes(b"cut")
     with pytest.raises(DataError, match=r"1 of 5 units failed\n  00001: .*1\.parquet: not a readable parquet file"):
         runner.run([stage])

@@ -61,7 +61,8 @@ def test_each_stage_reads_what_the_one_before_wrote():
 def test_settings_reach_their_stages():
     changes = {"seed": 7, "validation": {"num_samples": 9}, "dedup": {"by": "url_text"}}
     by_name = {stage.name: stage for stage in stages_for(page(**changes))}
-    assert by_name["dedup-split"].config_facts() == {"by": "url_text", "seed": 7}
+    assert by_name["dedup-split"].config_facts() == {"by": "url_text"}
+    assert by_name["dedup-pick"].config_facts() == {"seed": 7, "num_validation": 9}
     assert by_name["dedup-keep"].num_validation == 9 and by_name["dedup"].samples_per_shard == 1000
     assert by_name["download"].memory_limit_bytes == page().runner.memory_per_worker_bytes
     transform = by_name["images"].config_facts()["fingerprint"]["transform"]
