@@ -11,9 +11,16 @@ from typing import Annotated
 import typer
 
 from launcher.status import read_status, render
-from launcher.torchrun import Placement, Supervisor, added_environment, shell_line, torchrun_command
-from sdtrain.config.load import load_training
-from sdtrain.config.run import grad_accum_steps
+from launcher.torchrun import (
+    Placement,
+    Supervisor,
+    added_environment,
+    checkpoint_names,
+    shell_line,
+    torchrun_command,
+)
+from sdtrain.config.load import load_training, refuse_on_resume
+from sdtrain.config.run import TrainingConfig, grad_accum_steps
 from sdtrain.errors import ConfigError, SdtrainError
 from sdtrain.run_dir import RunDir
 
@@ -25,15 +32,34 @@ def _commands() -> None:
     """Start runs on one or many GPUs, and ask how they stand."""
 
 
-def checked_run_dir(config: Path, overrides: Sequence[str], placement: Placement) -> RunDir:
+def checked_run_dir(config: Path, overrides: Sequence[str], placement: Placement, resume: str = "auto") -> RunDir:
     """The folder of the run that `config` describes, after everything that can be checked without torch.
 
     Raises:
-        ConfigError: The page is wrong, or its batch cannot be shared by this many ranks.
+        ConfigError: The page is wrong or not that of the run in its folder, its batch cannot be shared by this many
+            ranks, or its folder is not a run's.
+        StorageError: The folder cannot be written to.
     """
     training = load_training(config, list(overrides))
     grad_accum_steps(training, placement.world_size)
-    return RunDir(training.resolved_run_dir)
+    run_dir = RunDir(training.resolved_run_dir)
+    run_dir.refuse_unusable()
+    saved = saved_page(run_dir, resume)
+    if saved is not None:
+        refuse_on_resume(saved, training)
+    return run_dir
+
+
+def saved_page(run_dir: RunDir, resume: str) -> TrainingConfig | None:
+    """The page that the checkpoint to start from was trained with; None where the ranks alone can tell."""
+    names = sorted(checkpoint_names(run_dir), key=lambda name: int(name.removeprefix("step-")))
+    folder = Path(resume)
+    if resume == "auto" and names:
+        folder = run_dir.checkpoints / names[-1]
+    try:
+        return load_training(folder / "config.yaml")
+    except ConfigError:
+        return None
 
 
 def check_resume(resume: str) -> None:
@@ -70,8 +96,8 @@ def torchrun(
 ) -> None:
     """Train on this node's GPUs, or as one of several nodes, and exit by what the ranks agreed on."""
     placement = Placement(nproc, nnodes, node_rank, rdzv_endpoint, shutdown_timeout)
-    run_dir = checked_run_dir(config, overrides or [], placement)
     check_resume(resume)
+    run_dir = checked_run_dir(config, overrides or [], placement, resume)
 
     def trainee(resume_from: str) -> list[str]:
         return ["-m", "sdtrain", "train", str(config), *(overrides or []), "--resume", resume_from]

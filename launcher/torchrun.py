@@ -1,7 +1,8 @@
 """Start a run through torchrun, restart it where that helps, and exit by what its ranks agreed on.
 
 torchrun returns 1 whatever its workers returned, so the outcome is read from the run folder's `exit.json`. A file
-that is missing, or that an earlier attempt left, means that the ranks had no time to agree: a crash.
+that is missing, or that an earlier attempt left, means that the ranks had no time to agree: a crash. A start that the
+ranks refuse leaves the run folder alone; its word comes through a folder of the launcher's own.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.processes import Ended, run_forwarding, signal_name
 from sdtrain.errors import ConfigError, ExitCode
-from sdtrain.run_dir import Exit, RunDir
+from sdtrain.run_dir import REFUSALS, Exit, RunDir
 
 SIGNALS = "SIGTERM,SIGINT,SIGUSR1"  # torchrun's default list lets SIGUSR1 kill its agent
 MAX_FRUITLESS_RESTARTS = 2
@@ -137,6 +139,8 @@ def crash_code(ended: Ended) -> ExitCode:
 
 def describe(found: Exit | None, ended: Ended, log_dir: Path) -> str:
     """One sentence on how an attempt ended, for people."""
+    if found is not None and found.is_refusal:
+        return f"the start was refused with code {found.code}, and {log_dir.parent} is as it was: {found.reason}"
     if found is not None:
         return f"attempt {found.attempt} ended with code {found.code} at step {found.step}: {found.reason}"
     if ended.killed_rank is not None:
@@ -200,14 +204,16 @@ class Supervisor:
         raise AssertionError("the last round returns")
 
     def _attempt(self, resume: str) -> tuple[Exit | None, Ended]:
-        if self.placement.node_rank == 0:  # another node may still be reading the last attempt's word
-            self.run_dir.clear_exit()
         before = self.run_dir.read_exit()
         self.log_dir.mkdir(parents=True, exist_ok=True)
         command = torchrun_command(self.placement, self.trainee(resume), self.log_dir)
         added = added_environment(self.placement.nproc, os.environ)
-        ended = run_forwarding(command, {**os.environ, **added})
-        return outcome(self.run_dir, before), ended
+        with tempfile.TemporaryDirectory(prefix="sdtrain-refusals-") as refusals:
+            ended = run_forwarding(command, {**os.environ, **added, REFUSALS: refusals})
+            found = RunDir(Path(refusals)).read_exit() or outcome(self.run_dir, before)
+        if found is None and self.placement.node_rank == 0:
+            self.run_dir.clear_exit()  # nobody shall take an older word for this crash's
+        return found, ended
 
     @staticmethod
     def _say(message: str) -> None:

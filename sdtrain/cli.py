@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from sdtrain.errors import ConfigError, DataError, SdtrainError
-from sdtrain.run_dir import Exit, RunDir, tell_launcher
+from sdtrain.run_dir import REFUSED_STEP, Exit, RunDir, tell_launcher
 
 if TYPE_CHECKING:
     from sdtrain.config.load import Config
@@ -325,7 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SdtrainError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a node all say the same
             print(f"sdtrain: {error}", file=sys.stderr)
-            tell_launcher(Exit(int(error.exit_code), str(error), 0, int(os.environ.get("RANK", "0")), "refused"))
+            rank = int(os.environ.get("RANK", "0"))
+            tell_launcher(Exit(int(error.exit_code), str(error), REFUSED_STEP, rank, "none"))
         sys.exit(int(error.exit_code))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -15,6 +15,7 @@ from sdtrain.errors import ConfigError, ExitCode, StorageError
 
 REFUSALS = "SDTRAIN_REFUSALS"
 """Environment variable: a folder outside the run's, in which a refused start leaves its word for the launcher."""
+REFUSED_STEP = -1
 
 _JOB_LOGS = frozenset({".out", ".err", ".log"})
 _SHOWN = 5
@@ -86,7 +87,16 @@ def _refuse_unwritable(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Exit:
-    """How an attempt ended, as its ranks agreed: launchers decide by this, never by their own `$?`."""
+    """How an attempt ended, as its ranks agreed: launchers decide by this, never by their own `$?`.
+
+    Attributes:
+        code: An `ExitCode`.
+        reason: Why, for people.
+        step: Finished steps; `REFUSED_STEP` for a start that became no attempt.
+        rank: Who says so.
+        attempt: Name of the attempt.
+        time: When it was written, seconds since the epoch.
+    """
 
     code: int
     reason: str
@@ -94,6 +104,11 @@ class Exit:
     rank: int
     attempt: str
     time: float = 0.0
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether this start became no attempt, and left the run's folder as it was."""
+        return self.step == REFUSED_STEP
 
 
 def tell_launcher(refused: Exit) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sdtrain import distributed
 from sdtrain.errors import ExitCode, NoProgressError, SdtrainError
-from sdtrain.run_dir import Exit, RunDir, tell_launcher
+from sdtrain.run_dir import REFUSED_STEP, Exit, RunDir, tell_launcher
 
 LOST_PEER_SIGNS = (
     "connection closed by peer",
@@ -63,7 +63,7 @@ def leave_refused(attempt: str, refused: Refused) -> ExitCode:
     if place.is_main:
         print(f"sdtrain: {refused}", file=sys.stderr, flush=True)
     if place.local_rank == 0:
-        tell_launcher(Exit(int(refused.exit_code), str(refused), 0, place.rank, attempt))
+        tell_launcher(Exit(int(refused.exit_code), str(refused), REFUSED_STEP, place.rank, attempt))
     distributed.barrier()
     return refused.exit_code
 

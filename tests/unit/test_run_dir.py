@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from sdtrain.run_dir import Exit, RunDir, append_json_line, read_json_lines, write_atomically
+from sdtrain.errors import ConfigError, StorageError
+from sdtrain.run_dir import (
+    REFUSALS,
+    REFUSED_STEP,
+    Exit,
+    RunDir,
+    append_json_line,
+    read_json_lines,
+    tell_launcher,
+    write_atomically,
+)
 
 
 def test_names_are_a_contract(tmp_path: Path) -> None:
@@ -172,3 +182,58 @@ def test_imports_no_torch() -> None:
     code = "import sys, sdtrain.run_dir, sdtrain.errors; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+# Places that cannot be a run's ----------------------------------------------------------------------------------------
+
+
+def test_new_empty_and_own_folders_are_usable(tmp_path: Path) -> None:
+    RunDir(tmp_path / "new" / "er").refuse_unusable()
+    RunDir(tmp_path).refuse_unusable()
+    run = RunDir(tmp_path / "run")
+    for name in ("checkpoints", "logs", "wandb", "hangs", "samples"):
+        (run.path / name).mkdir(parents=True)
+    for name in ("STOP", "slurm-12.out", ".nfs01", "wandb_id", "config.yaml", "exit.json", "metrics.jsonl"):
+        (run.path / name).touch()
+    run.refuse_unusable()
+    (run.path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"it holds notes.txt, and no ledger.jsonl of a run"):
+        run.refuse_unusable()
+    run.log("start", attempt="a")
+    run.refuse_unusable()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_ledger_of_something_else_makes_no_run(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    append_json_line(run.ledger, {"unit": "part-0", "files": {}})
+    for number in range(7):
+        (tmp_path / f"{number}.tar").touch()
+    text = r"not a run's folder: it holds 0.tar, 1.tar, 2.tar, 3.tar, 4.tar and 3 more, and no ledger.jsonl of a run"
+    with pytest.raises(ConfigError, match=text):
+        run.refuse_unusable()
+
+
+def test_a_file_anywhere_on_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=rf"^run_dir = {tmp_path}/file/run: {tmp_path}/file is a file; give a new"):
+        RunDir(tmp_path / "file" / "run").refuse_unusable()
+
+
+def test_a_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # a root user may write everywhere
+    with pytest.raises(StorageError, match=rf"^run_dir: {tmp_path} cannot be written to: this user has no permission"):
+        RunDir(tmp_path / "run").refuse_unusable()
+
+
+def test_a_launcher_that_asks_is_told_of_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = Exit(8, "no room", REFUSED_STEP, 0, "a")
+    monkeypatch.delenv(REFUSALS, raising=False)
+    tell_launcher(refused)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv(REFUSALS, str(tmp_path))
+    tell_launcher(refused)
+    told = RunDir(tmp_path).read_exit()
+    assert told is not None and told.is_refusal
+    assert (told.code, told.reason) == (8, "no room")
+    assert not Exit(8, "3 saves failed", 0, 0, "a").is_refusal

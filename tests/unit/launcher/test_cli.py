@@ -94,6 +94,31 @@ def test_a_bad_start_ends_with_code_2_before_anything_runs(monkeypatch, page, st
     assert not started
 
 
+def test_a_page_of_another_run_is_refused_before_anything_runs(monkeypatch, page, started, capsys):
+    saved = page.parent / "run" / "checkpoints" / "step-00000004" / "config.yaml"
+    saved.parent.mkdir(parents=True)
+    saved.write_text(page.read_text())
+    assert launch(monkeypatch, "torchrun", page) == ExitCode.DIVERGED, "the same page goes on"
+    changed = ("torchrun", page, "data.batch_size=4")
+    assert launch(monkeypatch, *changed) == ExitCode.CONFIG
+    assert "sdtrain-launch: this page cannot resume the run" in (error := capsys.readouterr().err)
+    assert "  data.batch_size: 8 -> 4\n" in error
+    assert launch(monkeypatch, *changed, f"run_dir={page.parent / 'new'}", "--resume", saved.parent) == ExitCode.CONFIG
+    assert len(started) == 1
+    saved.write_text("torn: [")
+    assert launch(monkeypatch, *changed) == ExitCode.DIVERGED, "what is wrong with a checkpoint, the ranks say"
+
+
+def test_a_folder_of_something_else_is_refused_before_anything_runs(monkeypatch, page, started, capsys):
+    thesis = page.parent / "run" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.touch()
+    assert launch(monkeypatch, "torchrun", page) == ExitCode.CONFIG
+    assert "run: not a run's folder: it holds thesis.tex, and no ledger.jsonl of a run." in capsys.readouterr().err
+    assert not started
+    assert [path.name for path in thesis.parent.iterdir()] == ["thesis.tex"]
+
+
 def test_a_missing_page_is_a_config_error(monkeypatch, tmp_path, capsys):
     assert launch(monkeypatch, "torchrun", tmp_path / "none.yaml") == ExitCode.CONFIG
     assert "none.yaml" in capsys.readouterr().err

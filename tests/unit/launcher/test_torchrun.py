@@ -27,7 +27,7 @@ from launcher.torchrun import (
     torchrun_command,
 )
 from sdtrain.errors import ConfigError, ExitCode
-from sdtrain.run_dir import Exit, RunDir
+from sdtrain.run_dir import REFUSED_STEP, Exit, RunDir
 
 PRELUDE = """
 import os, signal, sys, time
@@ -147,6 +147,10 @@ def test_crash_codes_and_words():
     assert "(torchrun was killed by SIGTERM)" in describe(None, Ended(-15, 15, None, None), Path("r/logs"))
     found = Exit(5, "loss is not finite", 40, 0, "a1")
     assert describe(found, by_exception, Path("r")) == "attempt a1 ended with code 5 at step 40: loss is not finite"
+    found = Exit(2, "another page", REFUSED_STEP, 0, "a1")
+    assert describe(found, by_exception, Path("r/logs")) == (
+        "the start was refused with code 2, and r is as it was: another page"
+    )
 
 
 def test_a_signal_without_a_name():
@@ -182,6 +186,21 @@ def test_a_rank_killed_by_a_signal_is_a_lost_peer_and_an_old_word_does_not_hide_
 
 def test_success_is_the_agreed_word_too(tmp_path, without_torchrun):
     assert supervisor(tmp_path, "leave(0, 'done')").run() == ExitCode.DONE
+
+
+def test_a_refusal_has_its_code_and_touches_no_word(tmp_path, without_torchrun, capfd):
+    body = """
+    from sdtrain.run_dir import REFUSED_STEP, tell_launcher
+    tell_launcher(Exit(8, "no room", REFUSED_STEP, 0, "none"))
+    sys.exit(8)
+    """
+    job = supervisor(tmp_path, body, max_restarts=3)
+    job.run_dir.write_exit(Exit(85, "time limit", 99, 0, "old"))
+    before = job.run_dir.exit_file.stat().st_mtime_ns
+    assert job.run() == ExitCode.STORAGE
+    assert len(resumes(job.run_dir)) == 1
+    assert job.run_dir.exit_file.stat().st_mtime_ns == before
+    assert f"refused with code 8, and {job.run_dir.path} is as it was: no room" in capfd.readouterr().err
 
 
 def test_return_code_zero_without_a_word_is_a_crash(tmp_path, without_torchrun, capfd):
