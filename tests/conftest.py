@@ -13,9 +13,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import socket
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.ranks import Ranks
 
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
@@ -33,9 +37,23 @@ def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Real ranks without the cold start of torchrun."""
+    from tests.ranks import Ranks
+
+    forked = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield forked
+    forked.close()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests say why they do not run here."""
+    """Files of real engines stay in one piece on one worker; GPU tests say why they do not run here."""
     import importlib.util
+
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
     if importlib.util.find_spec("torch") is None:
         return
