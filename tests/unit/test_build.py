@@ -16,10 +16,12 @@ from sdtrain.autoencoders.kl import AutoencoderKL
 from sdtrain.autoencoders.load import autoencoder_facts, save_autoencoder
 from sdtrain.conditioners.none import NoConditioner
 from sdtrain.conditioners.text import ClipTextConditioner, build_tokenizer, tokenizer_fingerprint
+from sdtrain.config.denoiser import DenoiserConfig
 from sdtrain.config.load import load_training
 from sdtrain.config.run import TrainingConfig
 from sdtrain.data.manifest import Manifest, ShardEntry
-from sdtrain.denoisers.unet import UNet
+from sdtrain.denoisers.dit import DiT
+from sdtrain.denoisers.load import Denoiser, save_denoiser
 from sdtrain.errors import ConfigError, DataError, ExitCode
 from sdtrain.nn.folders import write_folder
 from sdtrain.nn.resnet import ResnetBlock2d
@@ -27,6 +29,16 @@ from sdtrain.tasks.autoencoding import AutoencodingTask
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
 from tests.support import make_latent_manifest, tiny_page
 
+ARCH = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "channels": [16, 32],
+    "down_blocks": ["plain", "cross"],
+    "layers_per_block": 1,
+    "num_heads": 2,
+    "context_dim": 32,
+    "norm_groups": 8,
+}
 VALIDATION = {"every_steps": 2, "num_samples": 8, "batch_size": 4, "timestep_bins": 5}
 
 
@@ -98,6 +110,38 @@ def test_a_denoiser_by_architecture_preset_and_weights(tmp_path: Path, monkeypat
     assert preset is not None
     build.build_denoiser(preset)
     assert asked == [build.unet.PRESETS["sd15"]]
+
+
+def test_a_dit_by_architecture_preset_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def section(text: str, *more: str) -> DenoiserConfig:
+        denoiser = page(tmp_path, f"denoiser={text}", *more).denoiser
+        assert denoiser is not None
+        return denoiser
+
+    arch = "{in_channels: 4, out_channels: 4, width: 16, num_layers: 1, num_heads: 2, context_dim: 32, sample_size: 8}"
+    own = build.build_denoiser(section(f"{{type: dit, arch: {arch}}}"))
+    assert isinstance(own, DiT) and (own.width, own.context_dim) == (16, 32)
+
+    save_denoiser(own, tmp_path / "transformer")
+    loaded = build.build_denoiser(section(f"{{type: dit, weights: {tmp_path}}}"))
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in own.state_dict().items())
+
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(build.dit, "DiT", lambda **kwargs: asked.append(kwargs))
+    build.build_denoiser(section("{type: dit, preset: dit_b_2, context_dim: 32, sample_size: 8}"))
+    build.build_denoiser(section("{type: dit, preset: dit_small}", "conditioner={type: none}"))
+    published = build.dit.PRESETS
+    assert asked[0] == published["dit_b_2"] | {"context_dim": 32, "num_classes": None, "sample_size": 8}
+    assert asked[1] == published["dit_small"]
+
+
+def test_variances_are_not_trained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        build.build_task(page(tmp_path, denoiser={"arch": {**ARCH, "out_channels": 8}}), manifest())
+    assert str(error.value) == (
+        "denoiser: predicts 8 channels, the latents in data/manifest.json have 4; choose a network with as many (one "
+        "that also predicts variances has twice as many, and is not trained here)"
+    )
 
 
 def test_a_conditioner_by_architecture_weights_and_none(tmp_path: Path) -> None:
@@ -202,7 +246,7 @@ def test_prepare_recomputes_the_repeated_blocks_where_the_page_wants_it(
 ) -> None:
     config = page(tmp_path, trainer={"gradient_checkpointing": "blocks"})
     assert config.denoiser is not None
-    network: UNet = build.build_denoiser(config.denoiser)
+    network: Denoiser = build.build_denoiser(config.denoiser)
     modes: list[str] = []
     monkeypatch.setattr(network, "set_gradient_checkpointing", modes.append)
     build.prepare(network, config)

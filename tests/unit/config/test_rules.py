@@ -33,6 +33,10 @@ kind: ingestion
 output: data/x
 source: {type: laion, metadata: metadata}
 """
+DIT = (
+    "denoiser={type: dit, arch: {in_channels: 4, out_channels: 4, width: 32, num_layers: 1, num_heads: 2, "
+    "sample_size: 8, context_dim: 32}}"
+)
 SAMPLING = """\
 schema_version: 1
 kind: sampling
@@ -180,6 +184,62 @@ def page(tmp_path: Path, text: str) -> Path:
             "conditioner.arch.hidden_size = 32 (line 12): must be 768, the width that the denoiser attends to",
         ),
         (
+            ["denoiser={type: dit, preset: dit_s_2}"],
+            "denoiser.context_dim (command line): is missing; conditioner.type = clip_text gives tokens: write 32",
+        ),
+        (
+            ["denoiser={type: dit, preset: dit_s_2}", "conditioner={type: clip_text, weights: some/clip}"],
+            "denoiser.context_dim (command line): is missing; conditioner.type = clip_text gives tokens: write their "
+            "width",
+        ),
+        (
+            ["denoiser={type: dit, preset: dit_s_2, context_dim: 31}"],
+            "conditioner.arch.hidden_size = 32 (line 12): must be 31, the width that the denoiser attends to",
+        ),
+        (
+            ["denoiser={type: dit, preset: dit_s_2, context_dim: 32}", "conditioner={type: none}"],
+            "denoiser.context_dim = 32 (command line): must be left out: conditioner.type = none gives no tokens",
+        ),
+        (
+            ["denoiser={type: dit, weights: some/dit, sample_size: 8}"],
+            "denoiser.sample_size = 8 (command line): is for denoiser.preset, which is null here; weights bring their "
+            "own",
+        ),
+        (
+            [DIT, "denoiser.context_dim=32"],
+            "denoiser.context_dim = 32 (command line): is for denoiser.preset, which is null here; write "
+            "denoiser.arch.context_dim",
+        ),
+        (
+            [DIT, "denoiser.preset=dit_s_2"],
+            "denoiser (command line): give exactly one of weights, preset, arch; found preset and arch",
+        ),
+        (
+            [DIT, "denoiser.arch.context_dim=null"],
+            "denoiser.arch.context_dim = null (command line): is missing; conditioner.type = clip_text gives tokens: "
+            "write 32",
+        ),
+        (
+            [DIT, "denoiser.arch.num_heads=3"],
+            "denoiser.arch.num_heads = 3 (command line): must divide denoiser.arch.width = 32",
+        ),
+        (
+            [DIT, "denoiser.arch.width=34"],
+            "denoiser.arch.width = 34 (command line): must be a multiple of 4: sines and cosines of two coordinates",
+        ),
+        (
+            [DIT, "denoiser.arch.patch_size=3"],
+            "denoiser.arch.patch_size = 3 (command line): must divide denoiser.arch.sample_size = 8",
+        ),
+        (
+            [DIT, "denoiser.arch.sinusoid_width=9"],
+            "denoiser.arch.sinusoid_width = 9 (command line): must be even: half of it are cosines, half are sines",
+        ),
+        (
+            [DIT, "denoiser.arch.out_channels=8"],
+            "denoiser.arch.out_channels = 8 (command line): must be autoencoder.arch.latent_channels = 4",
+        ),
+        (
             ["denoiser.arch.in_channels=3"],
             "denoiser.arch.in_channels = 3 (command line): must be autoencoder.arch.latent_channels = 4",
         ),
@@ -231,6 +291,9 @@ def test_what_the_rules_leave_alone(tmp_path: Path) -> None:
     path = page(tmp_path, TRAINING)
     load_training(path, ["process.beta_schedule=cosine", "process.beta_start=0.5"])
     load_training(path, ["denoiser={type: unet, weights: some/unet}", "conditioner.arch.hidden_size=64"])
+    load_training(path, ["denoiser={type: dit, weights: some/dit}", "conditioner.arch.hidden_size=64"])
+    load_training(path, ["denoiser={type: dit, preset: dit_s_2}", "conditioner={type: none}"])
+    load_training(path, [DIT])
     load_training(path, ["trainer.compile=true", "trainer.compile_mode=max-autotune-no-cudagraphs"])
     load_training(path, ["trainer.compile=false", "trainer.compile_mode=reduce-overhead"])
     autoencoding = ["task={type: autoencoding}", "denoiser=null", "conditioner=null", "process=null"]

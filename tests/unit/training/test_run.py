@@ -205,6 +205,31 @@ def names(run: RunDir) -> list[str]:
         return sorted(file.keys())
 
 
+def test_a_dit_is_trained_by_changing_one_line(page: Path, run: RunDir) -> None:
+    """With dropout, recomputed blocks and bf16: what goes on at step 2 is the same run, and its export opens."""
+    from sdtrain.checkpoints.pipelines import from_checkpoint, load_pipeline
+    from sdtrain.denoisers.dit import DiT
+
+    arch = "{in_channels: 4, out_channels: 4, width: 32, num_layers: 2, num_heads: 2, sample_size: 8, context_dim: 32}"
+    settings = (
+        f"denoiser={{type: dit, arch: {arch}}}",
+        "denoiser.arch.dropout=0.2",
+        "trainer.precision=bf16",
+        "trainer.gradient_checkpointing=blocks",
+        "optimizer={learning_rate: 1e-2, lr_schedule: constant}",
+    )
+    assert sdtrain("train", page, *settings) == 0
+    trained, exported = from_checkpoint(run.path), load_pipeline(run.weights / f"step-{STEPS:08d}")
+    assert isinstance(exported.denoiser, DiT) and exported.denoiser.arch["dropout"] == 0.2
+    assert trained.denoiser.get_parameter("proj_out_2.weight").any(), "it began with zeros"
+    assert exported.weights_sha256() == trained.weights_sha256()
+    before = rank_tensors(run)
+    shutil.rmtree(state_file(run).parent)
+    shutil.rmtree(run.weights)
+    assert sdtrain("train", page, *settings) == 0
+    assert all(torch.equal(one, other) for one, other in zip(rank_tensors(run), before, strict=True))
+
+
 def test_averaged_nests_over_all_engines() -> None:
     from contextlib import contextmanager
 
@@ -261,16 +286,18 @@ def test_a_signal_saves_and_leaves_at_the_step_boundary(
 def test_files_ask_for_a_save_and_for_a_stop(page: Path, run: RunDir) -> None:
     run.path.mkdir()
     (run.path / "STOP").touch()
-    assert sdtrain("train", page) == 0
+    assert sdtrain("train", page, "trainer.log_every_steps=100") == 0
     assert word(run) == (0, "STOP file: saved and stopped at step 1", 1)
     assert steps_of(run) == [1]
     assert not (run.path / "STOP").exists(), "else the next start would stop at once"
     (run.path / "SAVE").touch()
-    assert sdtrain("train", page, "checkpoint.every_steps=100") == 0
+    assert sdtrain("train", page, "checkpoint.every_steps=100", "trainer.log_every_steps=100") == 0
     assert word(run) == (0, "complete", STEPS)
     assert not (run.path / "SAVE").exists()
     commits = [row["checkpoint"] for row in run.ledger_rows() if row["event"] == "commit"]
     assert commits == ["step-00000001", "step-00000002", "step-00000004"]
+    rows = [(row["step"], row["train/steps_covered"]) for row in read_metrics(run.metrics)]
+    assert rows == [(1, 1), (2, 1), (4, 2)], "every step in one row, which ends where a checkpoint or the run does"
 
 
 # How it breaks --------------------------------------------------------------------------------------------------------
