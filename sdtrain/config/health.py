@@ -22,7 +22,7 @@ class HealthConfig(Section):
         max_skipped_in_a_row: So many updates of one trainable thrown away in a row are too many.
         max_skipped_in_window: So many within `window_steps` are too many, in a row or not.
         window_steps: Length of that window.
-        max_rollbacks: How often one start of the run goes back; 0 stops at once.
+        max_rollbacks: How often a run goes back, over all its starts; 0 stops at once.
         spike_ratio: A loss above this many times the median of the last ones is a spike, if `spike_deviations` agrees;
             null looks for none, as is right where the task itself changes its loss by much in the course of a run.
         spike_deviations: A spike is also so many standard deviations of the log loss above the median, which are

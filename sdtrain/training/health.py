@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,9 +168,14 @@ class HealthSettings:
 
 
 class Health:
-    """What one trainable's steps were like lately; the same on all ranks, and forgotten by a rollback."""
+    """What one trainable's steps were like lately; the same on all ranks, and a part of every checkpoint.
 
-    def __init__(self, settings: HealthSettings) -> None:
+    A resumed run so decides of every step as the run would have that was not interrupted. A rollback takes the losses
+    back to those before the checkpoint, and forgets the steps that were thrown away: it left out their samples.
+    """
+
+    def __init__(self, settings: HealthSettings, state: Mapping[str, Any] | None = None) -> None:
+        """Begin with nothing, or with the `state` of an earlier one."""
         self.history = LossHistory(
             ratio=settings.spike_ratio,
             deviations=settings.spike_deviations,
@@ -177,6 +184,14 @@ class Health:
         self._settings = settings
         self._skipped: deque[tuple[int, Cause]] = deque()  # (steps finished before, cause), within the window
         self._row: list[tuple[int, Cause]] = []  # the same since the last applied step
+        if state is not None:
+            self.history.losses.extend(state["losses"])
+            self._skipped.extend((step, Cause(cause)) for step, cause in state["skipped"])
+            self._row.extend((step, Cause(cause)) for step, cause in state["row"])
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as plain values of JSON."""
+        return {"losses": list(self.history.losses), "skipped": list(self._skipped), "row": list(self._row)}
 
     def applied(self, loss: float | None) -> None:
         """A step was applied; its loss is None where it is not known."""
@@ -214,3 +229,8 @@ class Health:
     @property
     def _is_row(self) -> bool:
         return len(self._row) >= self._settings.max_skipped_in_a_row
+
+
+def without_skips(states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What is known of every trainable's steps after a rollback: the losses before the checkpoint."""
+    return {name: {**state, "skipped": [], "row": []} for name, state in states.items()}

@@ -19,6 +19,7 @@ from sdtrain.errors import CheckpointError, StorageError
 from sdtrain.run_dir import RunDir
 from sdtrain.training.engine import Engine
 from sdtrain.training.fork import Load, ancestry, take_over
+from sdtrain.training.health import without_skips
 from sdtrain.training.positions import Positions
 from sdtrain.training.state import rank_files, restore, state_facts
 
@@ -38,6 +39,8 @@ class CheckpointKeeper:
         identity: What a resume must find unchanged: manifest digest, seed, order version, batch size.
         config_text: The resolved page, stored in every checkpoint.
         uploader: Sends what is committed to a store; rank 0 alone has one.
+        before_save: Called on all ranks when a save begins, for what else is to be on disk before the checkpoint is;
+            returns what the loop knows of its last steps, which the manifest holds as `health`.
         on_saved: Is told what became of every save.
         parent: Name of the newest checkpoint in this lineage; None before the first.
         saved_step: Its step; 0 before the first.
@@ -46,6 +49,7 @@ class CheckpointKeeper:
         origin: Name of the run's first attempt, by which its checkpoints are known in any folder.
         forked_from: Whose checkpoint the run began with, see `fork.ancestry`; None for a run from fresh weights.
         inherited_steps: How many of the updates that an engine counts as applied were that other run's.
+        health: What the loop knew of its last steps where this lineage goes on; see `health.Health`.
     """
 
     run: RunDir
@@ -58,6 +62,7 @@ class CheckpointKeeper:
     retention: Retention
     asynchronous: bool = True
     uploader: Uploader | None = None
+    before_save: Callable[[], Mapping[str, Any]] = dict
     on_saved: Callable[[Saved], None] = lambda saved: None
     parent: str | None = None
     saved_step: int = 0
@@ -65,6 +70,7 @@ class CheckpointKeeper:
     origin: str = field(default="", init=False)
     forked_from: Mapping[str, Any] | None = field(default=None, init=False)
     inherited_steps: Mapping[str, int] = field(default_factory=dict, init=False)
+    health: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, init=False)
     positions: Positions = field(init=False)
     _is_first_boundary: bool = field(default=True, init=False)
     _figures: tuple[int, Mapping[str, float]] = field(default=(-1, {}), init=False)
@@ -100,6 +106,7 @@ class CheckpointKeeper:
         """
         if step in (self.saved_step, self._saver.step):
             return
+        health = self.before_save()
         if self._saver.is_writing:
             log.warning(
                 "checkpoint of step %s is still being written at step %d: training waits for it. Raise "
@@ -112,7 +119,7 @@ class CheckpointKeeper:
             step=step,
             attempt=self.attempt,
             files=rank_files(self.engines),
-            facts=self._facts(step),
+            facts={**self._facts(step), "health": health},
             texts={"config.yaml": self.config_text},
         )
         if not self.asynchronous:
@@ -212,6 +219,9 @@ class CheckpointKeeper:
         refuse_other_runs(checkpoint, self.identity)
         restore(checkpoint, self.engines)
         self.positions = self.positions.resumed(self.run, checkpoint)
+        self.health = checkpoint.manifest.get("health", {})
+        if self.positions.rollbacks > len(checkpoint.manifest.get("left_out", [])):  # it went back here, and died
+            self.health = without_skips(self.health)
         if distributed.ranks().is_main:
             self._log_commit(checkpoint)
         self.parent, self.saved_step, self.resumed_from = checkpoint.path.name, checkpoint.step, checkpoint.path.name

@@ -29,6 +29,11 @@ class Positions:
         """Steps' worth of samples that are left out."""
         return sum(end - first for first, end in self.left_out) // self.batch_size
 
+    @property
+    def rollbacks(self) -> int:
+        """How often this lineage went back, over all its starts: every rollback leaves a range out."""
+        return len(self.left_out)
+
     def at(self, step: int) -> int:
         """The position of the first sample after `step` finished steps, for steps behind the last range."""
         return (step + self.skipped_steps) * self.batch_size

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sdtrain import distributed
 from sdtrain.checkpoints.manifest import LATEST, Checkpoint, list_checkpoints
@@ -14,6 +15,7 @@ from sdtrain.checkpoints.verify import verify_together
 from sdtrain.errors import StorageError
 from sdtrain.records import Batch
 from sdtrain.run_dir import write_atomically
+from sdtrain.training.health import without_skips
 from sdtrain.training.keeper import CheckpointKeeper
 
 log = logging.getLogger(__name__)
@@ -28,10 +30,12 @@ class Restart:
     Attributes:
         step: Finished steps.
         batches: (step, micro-step, batch) from there.
+        health: Trainable -> what is known of its steps before, see `health.Health`.
     """
 
     step: int
     batches: Batches
+    health: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,7 @@ class Rollback:
             keeper.run.log("rollback", attempt=keeper.attempt, **facts, **place)
             log.error("back to %s, samples %d to %d left out: %s", checkpoint.path, first, reached - 1, story)
         self.on_restart(checkpoint.step)
-        return Restart(checkpoint.step, self.batches_after(checkpoint.step))
+        return Restart(checkpoint.step, self.batches_after(checkpoint.step), without_skips(keeper.health))
 
     def _choose(self, first_sick_step: int) -> Checkpoint | None:
         listed: list[Checkpoint] = []

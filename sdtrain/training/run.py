@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -180,6 +180,7 @@ class Attempt:
         self._write_down()
         self.reporter = self._reporter(task, start, admitted.max_steps)
         self.trainer = self._trainer(admitted, engines, keeper)
+        keeper.before_save = self._before_save
         is_told = distributed.max_over_ranks(self.preemption.poll()) >= Request.REQUEUE  # while it was built
         complete = not is_told and self.trainer.fit()
         self.beat("save")
@@ -240,13 +241,7 @@ class Attempt:
 
     def _keeper(self, identity: Mapping[str, Any], engines: Mapping[str, Engine]) -> CheckpointKeeper:
         config = self.config
-        retention = Retention(
-            keep_last=config.checkpoint.keep_last,
-            keep_every_steps=config.checkpoint.keep_every_steps,
-            keep_best=config.checkpoint.keep_best,
-            best_by=config.checkpoint.best_by,
-            best_is=config.checkpoint.best_is,
-        )
+        retention = Retention(**config.checkpoint.model_dump(include={each.name for each in fields(Retention)}))
         return CheckpointKeeper(
             run=self.folder,
             attempt=self.attempt,
@@ -353,6 +348,8 @@ class Attempt:
                 task, name, applied - keeper.inherited_steps.get(name, 0), max_steps
             ),
             start_step=admitted.step,
+            health=keeper.health,
+            rollbacks=keeper.positions.rollbacks,
             events=self._events(task, manifest, engines, keeper),
             on_report=self._report,
             on_unreadable=self.unreadable.note,
@@ -389,6 +386,13 @@ class Attempt:
         self.watched.check()
         self.reporter.report(report)
         self.unreadable.write()
+
+    def _before_save(self) -> Mapping[str, Any]:
+        """Let `metrics.jsonl` reach as far as the coming checkpoint; returns what the loop knows of its steps."""
+        assert self.trainer is not None
+        self.trainer.report_rest()
+        self.beat("save", self.step)
+        return self.trainer.health_state()
 
     def _learning_rate(self, task: Task, name: str, applied: int, max_steps: int) -> float:
         optimizer = self.config.optimizer

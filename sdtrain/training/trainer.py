@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,6 +79,8 @@ class Trainer:
         batches: Iterator[tuple[int, int, Batch]],
         learning_rate: Callable[[str, int], float],
         start_step: int = 0,
+        health: Mapping[str, Mapping[str, Any]] | None = None,
+        rollbacks: int = 0,
         events: Sequence[Periodic] = (),
         on_report: Callable[[Report], None] = lambda report: None,
         beat: Beat = lambda phase, step, micro_step: None,
@@ -90,6 +93,8 @@ class Trainer:
 
         Args:
             learning_rate: (trainable, applied steps) -> rate.
+            health: Trainable -> what was known of its last steps, see `health_state`; none where a run begins.
+            rollbacks: Times that the run went back already.
             on_unreadable: Told of the samples of a step that this rank could not read.
             on_sick: Leaves a record of a thrown-away step; collective.
             roll_back: (steps before the sickness, finished steps, what happened) -> where to go on, or None where
@@ -111,9 +116,9 @@ class Trainer:
         self._roll_back = roll_back
         self._window = Window()
         self._paused_at: float | None = None  # when the event began that is running
-        self._health = {name: Health(settings.health) for name in engines}
+        self._health = self._healths(health or {})
         self._last_record: Path | None = None
-        self._rollbacks = 0
+        self._rollbacks = rollbacks
         self._read: list[Batch] = []  # micro-batches of this step so far
         self._samples_read = 0
 
@@ -243,12 +248,20 @@ class Trainer:
             raise DivergedError(
                 f"{name}: {health.story}, the last one in step {self.step - 1}, and {why}. What went into it: "
                 f"{self._last_record}. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps or look at these "
-                "samples, then resume from an older checkpoint; where memory is short, lower data.micro_batch_size."
+                "samples, then resume from an older checkpoint; where memory is short, lower data.micro_batch_size. "
+                "health.max_rollbacks counts over all starts of the run."
             )
         self.step, self._batches = restart.step, restart.batches
-        self._health = {name: Health(self.settings.health) for name in self.engines}
+        self._health = self._healths(restart.health)
         self._window = Window()
         self._rollbacks += 1
+
+    def health_state(self) -> dict[str, dict[str, Any]]:
+        """What is known of every trainable's last steps, as plain values; a checkpoint holds it."""
+        return {name: health.state() for name, health in self._health.items()}
+
+    def _healths(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Health]:
+        return {name: Health(self.settings.health, states.get(name)) for name in self.engines}
 
     # Between steps ----------------------------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ class Report:
         images: Images consumed by all ranks since the last report.
         skipped: Updates thrown away since the last report.
         causes: The same by cause.
-        rollbacks: Times that this attempt went back to an older checkpoint.
+        rollbacks: Times that the run went back to an older checkpoint.
     """
 
     step: int

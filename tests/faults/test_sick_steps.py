@@ -128,7 +128,7 @@ def test_a_permanent_nan_leads_back_once_and_then_to_the_end(
         "DivergedError: denoiser: 2 updates in a row were thrown away (2 x loss not finite), the last one in step 6, "
         f"and 1 rollbacks did not help. What went into it: {record}. Lower optimizer.learning_rate, lengthen "
         "optimizer.warmup_steps or look at these samples, then resume from an older checkpoint; where memory is short, "
-        "lower data.micro_batch_size."
+        "lower data.micro_batch_size. health.max_rollbacks counts over all starts of the run."
     )
     assert sorted(path.name for path in run.sick.iterdir()) == [
         "step-00000005-2.json",
@@ -140,7 +140,7 @@ def test_a_permanent_nan_leads_back_once_and_then_to_the_end(
     assert (told["step"], told["trainable"], told["cause"]) == (6, "denoiser", "loss not finite")
     assert (told["attempt"], told["applied_steps"], told["ranks_at_fault"]) == (word.attempt, 5, [0])
     assert (told["loss"], told["loss_limit"], told["gradient_norm"]) == ("nan", "inf", "inf")
-    assert len(told["loss_history"]) == 1, "what was before the rollback is forgotten"
+    assert len(told["loss_history"]) == 5, "four from before the checkpoint, one since"
     (rank,) = told["ranks"]
     first = (6 + 3) * BATCH  # three steps' worth of samples were left out
     assert [micro["positions"] for micro in rank["micro_steps"]] == [
@@ -152,6 +152,8 @@ def test_a_permanent_nan_leads_back_once_and_then_to_the_end(
     assert all(0 <= timestep < 1000 for timestep in rank["micro_steps"][0]["timesteps"])
     assert len(rank["micro_steps"][0]["keys"]) == 4
     assert [step for step, _ in seen[::2]] == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6]
+    assert sdtrain("train", page, "health.max_rollbacks=1") == 5
+    assert len(rollbacks(run)) == 1, "who starts again has gone back already"
 
 
 @pytest.mark.heavy

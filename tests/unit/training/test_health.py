@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import weakref
 
@@ -24,6 +25,7 @@ from sdtrain.training.health import (
     agree,
     for_keeps,
     is_out_of_memory,
+    without_skips,
 )
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -232,3 +234,32 @@ def test_a_row_longer_than_the_window_still_counts_from_its_start() -> None:
 
 def test_thrown_away_losses_are_no_history() -> None:
     assert list(health("anas").history.losses) == [1.0, 1.0]
+
+
+def test_what_a_checkpoint_remembers_decides_as_if_nothing_had_happened() -> None:
+    first, settings = health("aanann"), HealthSettings(max_skipped_in_a_row=3, max_skipped_in_window=4, window_steps=8)
+    first.applied(None)
+    for loss in (0.1 + 0.2, 1e-7, 1.0 / 3.0):
+        first.applied(loss)
+    first.skipped(10, Cause.OUT_OF_MEMORY)
+    again = Health(settings, json.loads(json.dumps(first.state())))
+    assert list(again.history.losses) == list(first.history.losses), "to the last bit"
+    for made in (first, again):
+        assert not made.is_sick
+        made.skipped(11, Cause.SPIKE)
+        made.skipped(12, Cause.LOSS)
+    assert again.is_sick
+    assert (again.first_sick_step, again.story) == (first.first_sick_step, first.story)
+    assert again.state() == first.state()
+    assert again.first_sick_step == 10
+
+
+def test_a_rollback_keeps_the_losses_alone() -> None:
+    made = health("aan")
+    assert without_skips({"denoiser": made.state()}) == {"denoiser": {"losses": [1.0, 1.0], "skipped": [], "row": []}}
+
+
+def test_a_shorter_memory_takes_the_newest_losses() -> None:
+    state = {"losses": [float(loss) for loss in range(1, 21)], "skipped": [], "row": []}
+    made = Health(HealthSettings(spike_window_steps=8), state)
+    assert list(made.history.losses) == [13.0, 14.0, 15.0, 16.0, 17.0, 18.0, 19.0, 20.0]

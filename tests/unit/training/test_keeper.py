@@ -95,7 +95,12 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
 
 def test_what_is_to_come_before_a_checkpoint_comes_before_each_one_once(tmp_path: Path) -> None:
     told: list[tuple[str, int]] = []
-    keeper = make(tmp_path, before_save=lambda: told.append(("before", keeper.saved_step)))
+
+    def before_save() -> dict[str, Any]:
+        told.append(("before", keeper.saved_step))
+        return {}
+
+    keeper = make(tmp_path, before_save=before_save)
     keeper.on_saved = lambda saved: told.append(("saved", saved.step))
     for step in (3, 3, 5):
         keeper.save(step)
@@ -258,6 +263,27 @@ def test_restoring_goes_on_where_the_checkpoint_ends(tmp_path: Path) -> None:
         ("step-00000005", "a1", 0, 40, None),
         ("step-00000006", "a2", 40, 48, "step-00000005"),
     ]
+
+
+def test_what_the_loop_knows_of_its_steps_is_there_again(tmp_path: Path) -> None:
+    known = {"denoiser": {"losses": [0.1 + 0.2], "skipped": [[2, "loss spike"]], "row": []}}
+    committed(make(tmp_path, before_save=lambda: known), 3)
+    again = make(tmp_path, attempt="a2")
+    assert again.health == {}
+    again.restore(list_checkpoints(tmp_path / "checkpoints")[0])
+    assert again.health == known
+
+
+def test_after_a_rollback_the_next_start_forgets_the_skips_too(tmp_path: Path) -> None:
+    """It went back to step 3 and died before it saved again: the ledger alone knows."""
+    known = {"denoiser": {"losses": [0.5], "skipped": [[2, "loss spike"]], "row": [[2, "loss spike"]]}}
+    committed(make(tmp_path, before_save=lambda: known), 3)
+    place = {"checkpoint": "step-00000003", "position": 24, "left_out": [[24, 40]]}
+    RunDir(tmp_path).log("rollback", attempt="a1", **place)
+    again = make(tmp_path, attempt="a2")
+    again.restore(list_checkpoints(tmp_path / "checkpoints")[0])
+    assert again.health == {"denoiser": {"losses": [0.5], "skipped": [], "row": []}}
+    assert again.positions.rollbacks == 1
 
 
 def test_a_commit_whose_row_was_lost_is_told_by_the_next_attempt_once(tmp_path: Path) -> None:

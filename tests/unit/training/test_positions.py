@@ -19,6 +19,7 @@ def test_steps_begin_behind_what_is_left_out() -> None:
     assert (once.left_out, once.skipped_steps, once.at(4)) == (((32, 56),), 3, 56)
     twice = once.leaving_out(once.at(4), once.at(6))
     assert (twice.left_out, twice.skipped_steps, twice.at(4)) == (((32, 56), (56, 72)), 5, 72)
+    assert (plain.rollbacks, once.rollbacks, twice.rollbacks) == (0, 1, 2)
     assert plain.left_out == (), "a value, not a place"
 
 

@@ -50,6 +50,7 @@ class Told:
 
 def saved(folder: Path, *steps: int) -> CheckpointKeeper:
     keeper = keeper_of(folder)
+    keeper.before_save = lambda: {"denoiser": {"losses": [step / 4], "skipped": [[1, "loss spike"]], "row": []}}
     for step in steps:
         keeper.engines["denoiser"].applied_steps = step
         keeper.save(step)
@@ -65,6 +66,7 @@ def test_the_newest_checkpoint_that_is_not_younger_than_the_sickness(tmp_path: P
     restart = told.rollback(keeper)(5, 7, "denoiser: sick")
     assert isinstance(restart, Restart)
     assert (restart.step, told.batches, told.restarts) == (4, [4], [4])
+    assert restart.health == {"denoiser": {"losses": [1.0], "skipped": [], "row": []}}, "what was known at step 4"
     engine = keeper.engines["denoiser"]
     assert engine.restored is not None
     assert engine.restored[1] == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -351,7 +352,7 @@ def test_gradients_that_stay_sick_are_a_divergence() -> None:
         "denoiser: 3 updates in a row were thrown away (3 x gradients not finite), the last one in step 4, and there "
         "is no checkpoint to go back to. What went into it: sick/it.json. Lower optimizer.learning_rate, lengthen "
         "optimizer.warmup_steps or look at these samples, then resume from an older checkpoint; where memory is short, "
-        "lower data.micro_batch_size."
+        "lower data.micro_batch_size. health.max_rollbacks counts over all starts of the run."
     )
 
 
@@ -512,7 +513,8 @@ def test_a_sick_run_goes_on_from_where_it_is_told() -> None:
 
     def roll_back(first_sick_step: int, finished_steps: int, story: str) -> Restart:
         asked.append((first_sick_step, finished_steps, story))
-        return Restart(2, ((step, 0, micro_batch((step + 5) * MICRO)) for step in range(2, 100)))
+        again = ((step, 0, micro_batch((step + 5) * MICRO)) for step in range(2, 100))
+        return Restart(2, again, {"denoiser": {"losses": [7.0], "skipped": [], "row": []}})
 
     engine = PlainEngine(skips=[4, 5, 6])
     events: list[int] = []
@@ -530,6 +532,11 @@ def test_a_sick_run_goes_on_from_where_it_is_told() -> None:
     assert [(report.step, report.rollbacks) for report in reports] == [(4, 0), (4, 1), (8, 1)]
     assert reports[1].means["denoiser/loss"] == 15.5, "positions 14 to 17"
     assert reports[1].skipped == 0
+    assert trainer.health_state()["denoiser"] == {
+        "losses": [7.0, 14.5, 16.5, 18.5, 20.5, 22.5, 24.5],  # what the checkpoint knew, and the steps since
+        "skipped": [],
+        "row": [],
+    }
 
 
 def test_rollbacks_that_do_not_help_end_the_run() -> None:
@@ -539,6 +546,30 @@ def test_rollbacks_that_do_not_help_end_the_run() -> None:
     engine = PlainEngine(skips=range(4, 100))
     with pytest.raises(DivergedError, match=r"in step 4, and 2 rollbacks did not help\. What went into it: None\."):
         make({"denoiser": engine}, max_steps=50, settings=few(), roll_back=roll_back).fit()
+
+
+def test_rollbacks_of_earlier_starts_count() -> None:
+    with pytest.raises(DivergedError, match=r"and 2 rollbacks did not help\..*over all starts of the run\."):
+        make({"denoiser": PlainEngine(skips=range(9))}, settings=few(), rollbacks=2).fit()
+
+
+def test_a_resumed_run_sees_the_spike_that_the_whole_run_sees() -> None:
+    """Step 10 spikes. The run that begins at step 9 has seen one loss of its own by then."""
+
+    def change(step: int, losses: Tensor) -> Tensor:
+        return torch.full_like(losses, 1e6 if step == 10 else 1.0 + step % 3 / 100)
+
+    def train(start: int, end: int, health: Any = None) -> Trainer:
+        settings = {"health": HealthSettings(spike_window_steps=8)}
+        engine, task = PlainEngine(), CountingTask(change=change)
+        trainer = make({"denoiser": engine}, max_steps=end, start=start, settings=settings, task=task, health=health)
+        trainer.fit()
+        return trainer
+
+    whole, half = train(0, 14), train(0, 9)
+    rest = train(9, 14, json.loads(json.dumps(half.health_state())))
+    assert rest.health_state() == whole.health_state()
+    assert [step for step, _ in whole.health_state()["denoiser"]["skipped"]] == [10]
 
 
 def test_without_rollbacks_nothing_is_asked() -> None:
