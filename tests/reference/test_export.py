@@ -32,26 +32,23 @@ task: {{type: latent_diffusion}}
 data: {{manifest: none.json, batch_size: 8, micro_batch_size: 4}}
 autoencoder: {{type: kl, scaling_factor: 0.5, arch: {{latent_channels: 4, channels: [16, 32], layers_per_block: 1,
   attention_in_middle: false, norm_groups: 8}}}}
-denoiser: {{type: unet, arch: {{in_channels: 4, out_channels: 4, channels: [32, 64], down_blocks: {blocks},
-  layers_per_block: 1, {heads}, context_dim: {context}, mid_block: {mid}, norm_groups: 8}}}}
+denoiser: {denoiser}
 conditioner: {conditioner}
 process: {{beta_schedule: {schedule}, prediction_type: {prediction}, num_train_timesteps: 50}}
 optimizer: {{learning_rate: 1.0e-3, lr_schedule: constant}}
 trainer: {{max_steps: 4, precision: fp32}}
 """
+UNET = "{type: unet, arch: {in_channels: 4, out_channels: 4, channels: [32, 64], layers_per_block: 1, norm_groups: 8, "
+DIT = "{type: dit, arch: {in_channels: 4, out_channels: 4, width: 32, num_layers: 3, num_heads: 2, sample_size: 8, "
+CLIP = "{type: clip_text, trainable: true, arch: {hidden_size: 16, num_layers: 2, num_heads: 2}}"
+NO_CLIP = "{type: none}"
 TEXT = {
-    "blocks": "[cross, plain]",
-    "heads": "num_heads: 4",
-    "context": 16,
-    "mid": "cross",
-    "conditioner": "{type: clip_text, trainable: true, arch: {hidden_size: 16, num_layers: 2, num_heads: 2}}",
+    "denoiser": UNET + "down_blocks: [cross, plain], num_heads: 4, context_dim: 16, mid_block: cross}}",
+    "conditioner": CLIP,
 }
 NO_TEXT = {
-    "blocks": "[self, plain]",
-    "heads": "head_dim: 16",
-    "context": "null",
-    "mid": "self",
-    "conditioner": "{type: none}",
+    "denoiser": UNET + "down_blocks: [self, plain], head_dim: 16, context_dim: null, mid_block: self}}",
+    "conditioner": NO_CLIP,
 }
 SEEDS = [3, 4]
 PROMPTS = ["a red handwritten seven on a blue background", "ein  Hündchen, 2 cats!"]
@@ -64,7 +61,7 @@ def run_of(tmp_path: Path, *, prediction: str, schedule: str = "scaled_linear", 
     config = load_training(tmp_path / "page.yaml")
     assert config.denoiser is not None and config.conditioner is not None
     trained = nn.ModuleDict({"denoiser": build.build_denoiser(config.denoiser)})
-    if arch is TEXT:
+    if arch["conditioner"] == CLIP:
         trained["conditioner"] = build.build_conditioner(config.conditioner)
     torch.manual_seed(0)
     flat = torch.cat([(p.detach() + 0.05 * torch.randn_like(p)).flatten() for p in trained.parameters()])
@@ -136,6 +133,55 @@ def test_diffusers_opens_an_unconditional_pipeline(tmp_path, no_network):
         torch.testing.assert_close(
             ours.autoencoder.decode(noised), theirs.vqvae.decode(noised).sample, atol=1e-5, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ("num_classes: null", 0),  # a class of zeros, which the class of diffusers must have
+        ("num_classes: 7, dropout: 0.1", 7),  # one more than the last: none of them
+        ("num_classes: 7, shared_embedding: false", 7),
+    ],
+)
+def test_diffusers_draws_a_dit_s_pictures(tmp_path, no_network, monkeypatch, settings, label):
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+    from diffusers.pipelines.dit import pipeline_dit
+
+    run = run_of(tmp_path, prediction="v_prediction", arch={"denoiser": f"{DIT}{settings}}}}}", "conditioner": NO_CLIP})
+    folder = export(run, tmp_path / "pipeline", latent_size=(8, 8))
+    alone, report = DiTTransformer2DModel.from_pretrained(folder / "transformer", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours, labels = from_checkpoint(run, latent_size=(8, 8)), torch.tensor([label] * 2)
+    noised, timesteps = seeded_noise(SEEDS, (4, 8, 8), 0), torch.tensor([1, 40])
+    with torch.no_grad():
+        predicted = ours.denoiser(noised, timesteps, ours.conditioner.null(2))
+        torch.testing.assert_close(alone(noised, timesteps, labels).sample, predicted, atol=1e-5, rtol=1e-4)
+    theirs = DiTPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(pipeline_dit, "randn_tensor", lambda shape, **_: noised.reshape(shape))
+    expected = theirs(labels.tolist(), guidance_scale=1.0, num_inference_steps=5, output_type="np").images
+    drawn = generate(ours, ["", ""], SEEDS, num_steps=5, guidance_scale=1.0)
+    assert drawn.std() > 20
+    np.testing.assert_allclose(drawn / 255.0, expected, atol=1.5 / 255)
+    again = load_pipeline(folder)
+    assert again.weights_sha256() == ours.weights_sha256()
+    assert (again.denoiser.arch, again.latent_size) == (ours.denoiser.arch, (8, 8))
+
+
+def test_a_dit_with_text_is_for_sdtrain_alone(tmp_path, no_network, caplog):
+    from diffusers import DiffusionPipeline, DiTTransformer2DModel
+
+    run = run_of(tmp_path, prediction="epsilon", arch={"denoiser": DIT + "context_dim: 16}}", "conditioner": CLIP})
+    folder = export(run, tmp_path / "pipeline", latent_size=(8, 8))
+    assert "diffusers has no class for this denoiser; sdtrain alone can open" in caplog.text
+    with pytest.raises(AttributeError, match=r"diffusers has no attribute sdtrain.LoadedPipeline"):
+        DiffusionPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match="expected shape"):
+        DiTTransformer2DModel.from_pretrained(folder / "transformer")
+    settings = {"num_steps": 5, "guidance_scale": 3.0}
+    expected = generate(from_checkpoint(run, latent_size=(8, 8)), PROMPTS, SEEDS, **settings)
+    assert expected.std() > 20
+    np.testing.assert_array_equal(generate(load_pipeline(folder), PROMPTS, SEEDS, **settings), expected)
 
 
 def test_a_pipeline_that_diffusers_wrote_is_opened(tmp_path, no_network):

@@ -364,6 +364,9 @@ def test_incomplete_pipelines_are_named(tmp_path):
     (output / "scheduler").rename(output / "elsewhere")
     with pytest.raises(ConfigError, match=r"holds no scheduler/; the pipeline is not complete"):
         load_pipeline(output)
+    (output / "unet").rename(output / "network")
+    with pytest.raises(ConfigError, match=r"holds no unet/ or transformer/; the pipeline is not complete"):
+        load_pipeline(output)
 
 
 def test_a_pipeline_without_a_size_is_named(tmp_path):
