@@ -108,12 +108,15 @@ class MasterPartitions:
 
         Args:
             read: `group{g}/{kind}` -> this rank's span, 1-D float32.
-            applied_steps: Optimiser updates that were really applied; Adam's bias correction counts them.
+            applied_steps: Optimiser updates that were really applied; Adam's bias correction counts them. Before the
+                first one there are no moments, whatever this optimiser has gathered since.
         """
         for index, master in enumerate(self.masters()):
             master.copy_(read[f"group{index}/master"])
             if applied_steps > 0:
                 self._restore_moments(index, read, applied_steps)
+            else:  # the optimiser makes them at its first step, as it does in a fresh run
+                self._optimizer.optimizer.state.pop(self._optimizer.single_partition_of_fp32_groups[index], None)
         self._optimizer.update_lp_params()
 
     def _restore_moments(self, index: int, read: Mapping[str, Tensor], applied_steps: int) -> None:

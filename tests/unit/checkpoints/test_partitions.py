@@ -148,6 +148,25 @@ def test_restoring_an_untrained_state_leaves_adam_fresh(place: None) -> None:
     assert all((parameter == 0.5).all() for parameter in fresh.module.parameters())
 
 
+@pytest.mark.engine
+def test_a_trained_engine_that_goes_back_to_its_beginning_is_a_fresh_one(place: None) -> None:
+    def take_steps(engine: Engine) -> list[Tensor]:
+        for step in range(3):
+            inputs = torch.randn(2, 3, generator=torch.Generator().manual_seed(step))
+            engine.backward(engine.module(inputs).square().mean(1), torch.ones(2))
+            engine.step(1e-2)
+        return [tensor.clone() for tensor in engine.tensors().values()]
+
+    torch.manual_seed(1)
+    engine = Engine(nn.Linear(3, 2), EngineSettings(micro_batch_size=2, grad_accum_steps=1))
+    beginning = copy.deepcopy(engine.tensors())
+    first = take_steps(engine)
+    engine.restore(beginning, applied_steps=0, scaler={})
+    again = engine.tensors()
+    assert all(torch.equal(again[name], beginning[name]) for name in beginning)
+    assert all(torch.equal(one, other) for one, other in zip(first, take_steps(engine), strict=True))
+
+
 @pytest.mark.heavy
 def test_working_weights_swap_and_return_exactly(engine: Engine, network: nn.Module) -> None:
     before = copy.deepcopy(engine.partitions.tensors())
