@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ PINNED = "PINNED"
 
 FOLDER = re.compile(r"step-(\d{8,})")
 """Names of committed checkpoints."""
+_ASIDE = re.compile(FOLDER.pattern + r"\.rolled-back-[0-9a-f]+")
 _SELF_DIGEST = "manifest_sha256"
 
 
@@ -146,3 +148,19 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
         (path.name for path in folder.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()), key=step_of
     )
     return [Checkpoint.open(folder / name) for name in reversed(names)]
+
+
+def set_aside(checkpoint: Checkpoint) -> None:
+    """Give a checkpoint a name that no start takes it by: a rollback abandoned what it holds.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    checkpoint.path.rename(checkpoint.path.with_name(f"{checkpoint.path.name}.rolled-back-{secrets.token_hex(4)}"))
+
+
+def list_aside(folder: Path) -> list[Checkpoint]:
+    """Everything in `folder` that rollbacks set aside, in no order."""
+    if not folder.is_dir():
+        return []
+    return [Checkpoint.open(path) for path in folder.iterdir() if _ASIDE.fullmatch(path.name) and path.is_dir()]

@@ -7,7 +7,7 @@ import threading
 import time
 from contextlib import suppress
 
-from sdtrain.checkpoints.manifest import Checkpoint, content_digest, list_checkpoints
+from sdtrain.checkpoints.manifest import Checkpoint, content_digest, list_aside, list_checkpoints
 from sdtrain.checkpoints.remote import Backoff, RemoteStore
 from sdtrain.checkpoints.retention import Retention
 from sdtrain.errors import ConfigError
@@ -20,7 +20,8 @@ class Uploader:
     """A thread that brings the store up to what the run's folder holds, newest first; rank 0 only.
 
     It compares rather than remembers, so what a killed attempt left half-sent is finished by the next one. A checkpoint
-    that cannot be sent is tried again after the next commit.
+    that cannot be sent is tried again after the next commit. What a rollback set aside in the folder goes from the
+    store, whatever its retention, or a run that lost its folder would resume from there.
 
     Attributes:
         uploading: Name of the checkpoint that is being read right now: retention leaves it alone.
@@ -50,6 +51,8 @@ class Uploader:
         self._retention = retention
         self._backoff = backoff or Backoff()
         self._sent: set[str] = set()
+        self._withdrawn: set[str] = set()
+        self._rollbacks_told = 0
         self._told = {row.get("manifest_sha256") for row in run.ledger_rows() if row.get("event") == "upload"}
         self._is_refused = False
         self._turn = threading.Condition()
@@ -57,7 +60,7 @@ class Uploader:
         threading.Thread(target=self._serve, name="checkpoint-uploader", daemon=True).start()
 
     def look(self) -> None:
-        """Compare folder and store, soon: something was committed, or may have been left by an earlier attempt."""
+        """Compare folder and store, soon: something was committed or set aside, or an earlier attempt left it so."""
         with self._turn:
             self._asked += 1
             self._turn.notify_all()
@@ -78,15 +81,37 @@ class Uploader:
                 self._turn.notify_all()
 
     def _send_all(self) -> None:
-        """Send what the store lacks until nothing is left, or until it fails for good."""
+        """Withdraw and send until the store is as the folder is, or until it fails for good."""
         name = "checkpoints"
         try:
+            if not self._is_refused:
+                self._withdraw()
             while not self._is_refused and (checkpoint := self._next()) is not None:
                 name = checkpoint.path.name
                 self._send(checkpoint)
         except Exception as error:
             self._is_refused = isinstance(error, ConfigError)
             self._alert(name, error)
+
+    def _withdraw(self) -> None:
+        """Take out of the store what a rollback set aside here, and tell the store's ledger of every rollback."""
+        aside = {content_digest(one.manifest) for one in list_aside(self._run.checkpoints)} - self._withdrawn
+        rollbacks = sum(row["event"] == "rollback" for row in self._run.ledger_rows())
+        if not aside and rollbacks == self._rollbacks_told:
+            return
+
+        def follow() -> None:
+            for held in self._store.checkpoints():
+                if content_digest(held.manifest) in aside:  # by content: the step may have been committed again
+                    self._store.delete(held.path.name)
+                    self._run.log("withdraw", checkpoint=held.path.name, url=self._store.url)
+                    log.info("%s is at %s no more: it was rolled back", held.path, self._store.url)
+            if rollbacks:
+                self._store.put_ledger(self._run)
+
+        self._backoff.run(follow, f"withdrawal from {self._store.url} of what was rolled back")
+        self._withdrawn |= aside
+        self._rollbacks_told = rollbacks
 
     def _next(self) -> Checkpoint | None:
         """The newest whole checkpoint that is not in the store yet."""

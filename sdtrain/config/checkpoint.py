@@ -23,7 +23,8 @@ class CheckpointConfig(Section):
         best_is: Which end of `best_by` is good.
         upload_to: URL that committed checkpoints are copied to, such as `s3://bucket/runs/sd15`; of this run alone. A
             run whose own folder holds none resumes from there; null copies nothing.
-        upload_keep: `same` keeps there what is kept here, `all` deletes nothing there.
+        upload_keep: `same` keeps there what is kept here, `all` deletes nothing there; what a rollback (section
+            `health`) set aside here goes there in any case.
     """
 
     every_steps: PositiveInt = 1000

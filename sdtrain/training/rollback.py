@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from sdtrain import distributed
-from sdtrain.checkpoints.manifest import LATEST, Checkpoint, list_checkpoints
+from sdtrain.checkpoints.manifest import LATEST, Checkpoint, list_checkpoints, set_aside
 from sdtrain.checkpoints.verify import verify_together
 from sdtrain.errors import StorageError
 from sdtrain.records import Batch
@@ -85,6 +83,8 @@ class Rollback:
             place = {"position": checkpoint.manifest["last_position"], "left_out": keeper.positions.left_out}
             keeper.run.log("rollback", attempt=keeper.attempt, **facts, **place)
             log.error("back to %s, samples %d to %d left out: %s", checkpoint.path, first, reached - 1, story)
+        if keeper.uploader is not None:
+            keeper.uploader.look()
         self.on_restart(checkpoint.step)
         return Restart(checkpoint.step, self.batches_after(checkpoint.step), without_skips(keeper.health))
 
@@ -98,14 +98,17 @@ class Rollback:
         return next((checkpoint for checkpoint in [*elder, *younger] if not verify_together(checkpoint)), None)
 
     def _set_aside(self, checkpoint: Checkpoint) -> None:
-        """Give younger checkpoints other names, or the next start would resume from the sickness they hold."""
+        """Give younger checkpoints other names, or the next start would resume from the sickness they hold.
+
+        Their copies in a store follow (`Uploader`), by this attempt or by the next one that finds those names.
+        """
         problem = ""
         if distributed.ranks().is_main:
             folder = self.keeper.run.checkpoints
             try:
                 for younger in list_checkpoints(folder):
                     if younger.step > checkpoint.step:
-                        younger.path.rename(_aside(younger.path))
+                        set_aside(younger)
                 write_atomically(folder / LATEST, checkpoint.path.name + "\n")
             except OSError as error:
                 problem = f"{type(error).__name__}: {error}"
@@ -115,7 +118,3 @@ class Rollback:
                 f"{self.keeper.run.checkpoints}: checkpoints younger than {checkpoint.path.name} hold a sick state and "
                 f"cannot be renamed: {problem}. Rename them by hand, then start again."
             )
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.rolled-back-{secrets.token_hex(4)}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sdtrain.checkpoints import remote
-from sdtrain.checkpoints.manifest import Checkpoint
+from sdtrain.checkpoints.manifest import Checkpoint, list_aside, list_checkpoints, set_aside
 from sdtrain.checkpoints.protocol import commit, verify
 from sdtrain.checkpoints.remote import JOURNAL, Backoff, RemoteStore, fetch, find_or_fetch, is_url
 from sdtrain.checkpoints.retention import Retention
@@ -451,3 +451,83 @@ def test_one_that_went_before_it_was_sent_leaves_nothing(
     fs, root = fsspec.url_to_fs(url)
     fs.invalidate_cache()
     assert [path for path in fs.find(root) if "step-" in path] == []
+
+
+def aside(run: RunDir, step: int) -> None:
+    """What a rollback does in the folder; it dies, or nobody looks, right after."""
+    set_aside(Checkpoint.open(run.checkpoints / f"step-{step:08d}"))
+
+
+def test_what_was_rolled_back_goes_from_the_store_even_by_the_next_attempt(
+    run: RunDir, url: str, uploader: MakeUploader, tmp_path: Path
+) -> None:
+    for step in (1, 2, 3):
+        save(run, step)
+    thread = uploader()
+    thread.look()
+    assert thread.wait(10)
+    for step in (3, 2):
+        aside(run, step)
+    assert names(RemoteStore(url))[0] == "step-00000003", "killed before the store heard of it"
+    run.log("rollback", attempt="a", checkpoint="step-00000001")
+    follower = uploader()
+    follower.look()
+    assert follower.wait(10)
+    assert names(RemoteStore(url)) == ["step-00000001"]
+    assert sorted(uploads(run, "withdraw")) == ["step-00000002", "step-00000003"]
+    assert RemoteStore(url).ledger(run) == run.ledger.read_text(), "the store knows what was left out"
+    found = find_or_fetch(RunDir(tmp_path / "new"), "auto", store_url=url, attempt="b")
+    assert found is not None
+    assert found.step == 1
+
+
+def test_a_step_that_was_committed_again_stays_in_the_store(run: RunDir, url: str, uploader: MakeUploader) -> None:
+    save(run, 1)
+    save(run, 2)
+    thread = uploader()
+    thread.look()
+    assert thread.wait(10)
+    aside(run, 2)
+    again = save(run, 2, value=0.5)
+    for one in (thread, uploader()):
+        one.look()
+        assert one.wait(10)
+        assert RemoteStore(url).checkpoints()[0].manifest == again.manifest
+    assert names(RemoteStore(url)) == ["step-00000002", "step-00000001"]
+
+
+def test_a_store_that_is_down_is_asked_again_for_what_was_rolled_back(
+    run: RunDir, url: str, uploader: MakeUploader, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(run, 1)
+    save(run, 2)
+    thread = uploader()
+    thread.look()
+    assert thread.wait(10)
+    aside(run, 2)
+    real, failures = RemoteStore.delete, [4]
+
+    def delete(self: RemoteStore, name: str) -> None:
+        failures[0] -= 1
+        if failures[0] >= 0:
+            raise ConnectionError("no route to host")
+        real(self, name)
+
+    monkeypatch.setattr(RemoteStore, "delete", delete)
+    thread.look()
+    assert thread.wait(10)
+    assert f"withdrawal from {url} of what was rolled back failed (ConnectionError: no route to host)" in caplog.text
+    assert names(RemoteStore(url))[0] == "step-00000002"
+    thread.look()
+    assert thread.wait(10)
+    assert names(RemoteStore(url)) == ["step-00000001"]
+
+
+def test_only_whole_names_count_as_set_aside(run: RunDir) -> None:
+    for step in (1, 2):
+        save(run, step)
+    aside(run, 2)
+    (run.checkpoints / "step-00000001.corrupt-a-1234").mkdir()
+    assert [checkpoint.step for checkpoint in list_aside(run.checkpoints)] == [2]
+    assert [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)] == [1]
+    assert list_aside(run.path / "nowhere") == []

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from sdtrain.checkpoints.manifest import list_checkpoints
+from sdtrain.checkpoints.remote import RemoteStore
 from sdtrain.checkpoints.retention import Retention
+from sdtrain.checkpoints.uploader import Uploader
 from sdtrain.errors import StorageError
 from sdtrain.run_dir import RunDir
 from sdtrain.training.keeper import CheckpointKeeper
@@ -85,6 +87,20 @@ def test_the_newest_checkpoint_that_is_not_younger_than_the_sickness(tmp_path: P
         "position": 32,
         "left_out": [[32, 56]],
     }
+
+
+def test_copies_in_a_store_are_withdrawn_with_their_originals(tmp_path: Path) -> None:
+    keeper, store = keeper_of(tmp_path / "run"), RemoteStore((tmp_path / "store").as_uri())
+    keeper.uploader = Uploader(keeper.run, store)
+    for step in (2, 4, 6):
+        keeper.engines["denoiser"].applied_steps = step
+        keeper.finish(step)
+    assert keeper.uploader.wait(20)
+    assert [checkpoint.step for checkpoint in store.checkpoints()] == [6, 4, 2]
+    assert Told().rollback(keeper)(3, 7, "sick") is not None
+    assert keeper.uploader.wait(20)
+    assert [checkpoint.step for checkpoint in store.checkpoints()] == [2]
+    assert '"event": "rollback"' in store.ledger(keeper.run), "what is left out is known there too"
 
 
 def test_the_checkpoint_right_before_the_sickness_will_do(tmp_path: Path) -> None:
