@@ -172,12 +172,14 @@ class StepResult:
         gradient_norm: Global norm before clipping; inf for a skipped step.
         learning_rate: Rate of this step.
         ema_decay: Decay that the average moved with, None without an EMA or for a skipped step.
+        loss_scale: That this step's losses were multiplied with; None unless fp16.
     """
 
     applied: bool
     gradient_norm: float | Tensor
     learning_rate: float
     ema_decay: float | None
+    loss_scale: float | None = None
 
 
 class Engine:
@@ -323,18 +325,19 @@ class Engine:
         self._micro_steps = 0
         self._reduce()
         self._scaler = self.scaler_state()
+        scale = self._scaler.get("cur_scale")
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.set_gradient_accumulation_boundary(True)  # a reduction that was held back has reset it
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         if not self._engine.was_step_applied():
-            return StepResult(applied=False, gradient_norm=float("inf"), learning_rate=learning_rate, ema_decay=None)
+            return StepResult(False, float("inf"), learning_rate, None, scale)
         self.applied_steps += 1
         decay = None
         if self.ema is not None:
             decay = self.ema.update(self.partitions.masters(), applied_steps=self.applied_steps)
-        return StepResult(applied=True, gradient_norm=norm, learning_rate=learning_rate, ema_decay=decay)
+        return StepResult(True, norm, learning_rate, decay, scale)
 
     @torch.no_grad()
     def rewind(self, *, keeps_scale: bool) -> None:

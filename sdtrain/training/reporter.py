@@ -127,6 +127,8 @@ class Reporter:
             figures[named(trainable, "learning_rate")] = result.learning_rate
             if result.ema_decay is not None:
                 figures[named(trainable, "ema_decay")] = result.ema_decay
+            if result.loss_scale is not None:
+                figures[named(trainable, "loss_scale")] = result.loss_scale
         left = (self.max_steps - report.step) * self.batch_size
         steps = report.images // self.batch_size
         useful = useful_seconds(

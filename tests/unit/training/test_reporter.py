@@ -124,7 +124,7 @@ def test_one_trainable_needs_no_name(tmp_path: Path) -> None:
 
 def test_several_trainables_keep_their_names(tmp_path: Path) -> None:
     tracker = Recorder()
-    results = {"generator": result(ema_decay=None), "judge": result(learning_rate=2e-3)}
+    results = {"generator": result(ema_decay=None), "judge": result(learning_rate=2e-3, loss_scale=1024.0)}
     make(MetricsLog(RunDir(tmp_path), attempt="a"), tracker).report(
         report({"generator/loss": 0.5, "judge/loss": 0.25, "judge/logits/real": 1.0}, results)
     )
@@ -137,6 +137,7 @@ def test_several_trainables_keep_their_names(tmp_path: Path) -> None:
         "train/generator/learning_rate": 1e-3,
         "train/judge/learning_rate": 2e-3,
         "train/judge/ema_decay": 0.9,
+        "train/judge/loss_scale": 1024.0,
     }
 
 
