@@ -1,4 +1,4 @@
-"""The one door to DeepSpeed's internals: this rank's fp32 master partition and its Adam moments.
+"""The one door to DeepSpeed's internals: this rank's fp32 master partition, its Adam moments and its gradients.
 
 Checkpoint and EMA work on what `MasterPartitions` shows, so a DeepSpeed release that moves its attributes breaks this
 file and its tests, nothing else.
@@ -9,16 +9,44 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sdtrain import distributed
 from sdtrain.checkpoints.recut import Group, Layout, Slot, span
-from sdtrain.errors import CheckpointError
+from sdtrain.errors import CheckpointError, PreflightError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FLAT_GRADIENTS = "_get_preflattened_grad_partition"
+"""Where DeepSpeed looks for the `flat_partition` of a group's gradients; made for what its compiler passes lay flat."""
+ROW = 2**14
+"""Squares that are added up in fp32; on a CPU, over 4e7 of them in one go, the norm came out 0.3 % too small."""
+
+
+def norm_of(flat: Float[Tensor, " numel"]) -> Float[Tensor, ""]:
+    """Euclidean norm of a long fp32 vector, good to 1e-6, in two passes of one call each and without a copy."""
+    whole = flat.numel() // ROW * ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1)
+    return torch.linalg.vector_norm(torch.cat([rows, torch.linalg.vector_norm(flat[whole:]).view(1)]))
+
+
+class FlatGradients(list[Tensor]):
+    """This rank's gradients of one group, in the form that DeepSpeed takes over as it is.
+
+    DeepSpeed steps on `flat_partition` and goes through the list only for the norm of its elements and for what is not
+    finite among them. One element with the norm of all stands in for them there.
+
+    Attributes:
+        flat_partition: (partition size,) gradients in the order of the master.
+    """
+
+    def __init__(self, flat: Float[Tensor, " numel"]) -> None:
+        super().__init__([norm_of(flat)])
+        self.flat_partition = flat
 
 
 @dataclass(frozen=True)
@@ -43,11 +71,17 @@ class MasterPartitions:
 
         Raises:
             CheckpointError: The optimiser does not hold flat fp32 partitions (ZeRO stage 0 or another optimiser).
+            PreflightError: It cannot be given flat gradients (another release of DeepSpeed).
         """
         if not hasattr(optimizer, "single_partition_of_fp32_groups"):
             raise CheckpointError(
                 f"{type(optimizer).__name__} holds no flat fp32 partitions: checkpoints and EMA need "
                 "trainer.zero_stage 2"
+            )
+        if not hasattr(optimizer, FLAT_GRADIENTS):  # it would step on what stands in for the gradients
+            raise PreflightError(
+                f"deepspeed {version('deepspeed')} takes no gradients that are one vector already: its ZeRO optimiser "
+                f"has no {FLAT_GRADIENTS}. Install the release that requirements.lock names."
             )
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         groups = tuple(
@@ -89,6 +123,18 @@ class MasterPartitions:
                     whole = parameters[slot.name].flatten()
                     master[low - start : high - start].copy_(whole[low - slot.offset : high - slot.offset])
         self._optimizer.update_lp_params()
+
+    @torch.no_grad()
+    def flatten_gradients(self) -> None:
+        """Lay this rank's reduced gradients end to end before a step, and tell DeepSpeed their norm.
+
+        By itself DeepSpeed copies every parameter's gradient to float64 for its norm: with some hundreds of parameters
+        that is a third of what its step costs.
+        """
+        gradients = self._optimizer.averaged_gradients
+        for index, pieces in gradients.items():
+            flat = getattr(pieces, "flat_partition", None)  # in half precision it adds up in one vector already
+            gradients[index] = FlatGradients(torch.cat([one.flatten() for one in pieces]) if flat is None else flat)
 
     def tensors(self, ema: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
         """Everything of this rank that a checkpoint holds, by the names of the checkpoint format."""

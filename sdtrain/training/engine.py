@@ -329,6 +329,7 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.set_gradient_accumulation_boundary(True)  # a reduction that was held back has reset it
+        self.partitions.flatten_gradients()
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         if not self._engine.was_step_applied():
