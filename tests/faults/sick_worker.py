@@ -1,4 +1,4 @@
-"""Run under torchrun on two ranks: only rank 1 is sick, in every way; then a run in which only rank 1 fails."""
+"""Run on two ranks: only rank 1 is sick, in every way; then a run in which only rank 1 fails."""
 
 from __future__ import annotations
 

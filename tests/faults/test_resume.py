@@ -19,7 +19,8 @@ from sdtrain.checkpoints.manifest import Checkpoint
 from sdtrain.checkpoints.recut import KINDS, assemble
 from sdtrain.run_dir import RunDir, read_json_lines
 from sdtrain.training.metrics import read_metrics
-from tests.support import free_port, make_latent_manifest, tiny_page, torchrun
+from tests.ranks import Ranks
+from tests.support import free_port, make_latent_manifest, tiny_page
 
 STEPS = 14
 
@@ -41,11 +42,11 @@ def page(world: Path, name: str, **trainer: object) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(world: Path) -> RunDir:
+def whole(world: Path, ranks: Ranks) -> RunDir:
     """The uninterrupted run on two ranks."""
     path = page(world, "whole")
-    done = torchrun(2, "-m", "sdtrain", "train", str(path))
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = ranks.run(2, "-m", "sdtrain", "train", path)
+    assert done.codes == [0, 0], done.said()
     return RunDir(path.parent / "run")
 
 
@@ -61,7 +62,7 @@ def state(run: RunDir, step: int = STEPS) -> dict[str, torch.Tensor]:
 
 
 def kill_a_rank(path: Path, *, after_step: int, rank: int) -> None:
-    """Start two ranks, kill one with -9 once `after_step` is logged, and wait until all is over."""
+    """Start two ranks under torchrun, kill one with -9 once `after_step` is logged, and wait until all is over."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     command += ["--master-port", str(free_port()), "-m", "sdtrain", "train", str(path)]
     agent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -77,14 +78,14 @@ def kill_a_rank(path: Path, *, after_step: int, rank: int) -> None:
     assert agent.wait(timeout=90) != 0
 
 
-def test_killed_run_ends_with_the_same_bits(world: Path, whole: RunDir) -> None:
+def test_killed_run_ends_with_the_same_bits(world: Path, whole: RunDir, ranks: Ranks) -> None:
     path = page(world, "killed")
     run = RunDir(path.parent / "run")
     kill_a_rank(path, after_step=5, rank=1)
     reached = max(losses(run))
     assert not (run.checkpoints / f"step-{STEPS:08d}").exists(), "the kill must have come before the end"
-    done = torchrun(2, "-m", "sdtrain", "train", str(path))
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = ranks.run(2, "-m", "sdtrain", "train", path)
+    assert done.codes == [0, 0], done.said()
     starts = [row for row in run.ledger_rows() if row["event"] == "start"]
     assert len(starts) == 2
     assert starts[1]["resumed_from"] is not None
@@ -96,12 +97,12 @@ def test_killed_run_ends_with_the_same_bits(world: Path, whole: RunDir) -> None:
     assert losses(run) == losses(whole)
 
 
-def test_two_ranks_then_one_then_two_see_the_same_samples_once(world: Path, whole: RunDir) -> None:
+def test_two_ranks_then_one_then_two_see_the_same_samples_once(world: Path, whole: RunDir, ranks: Ranks) -> None:
     path = page(world, "recut")
     run = RunDir(path.parent / "run")
     # The schedule knows the whole length; STOP ends each leg at a step boundary.
     for nproc, until in ((2, 5), (1, 10), (2, STEPS)):
-        stop_after(path, nproc, until)
+        stop_after(ranks, path, nproc, until)
     starts = [row for row in run.ledger_rows() if row["event"] == "start"]
     assert [row["world_size"] for row in starts] == [2, 1, 2]
     commits = [row for row in run.ledger_rows() if row["event"] == "commit"]
@@ -117,18 +118,15 @@ def test_two_ranks_then_one_then_two_see_the_same_samples_once(world: Path, whol
     assert error / torch.cat([value.flatten() for value in expected.values()]).norm() < 1e-4
 
 
-def stop_after(path: Path, nproc: int, step: int) -> None:
+def stop_after(ranks: Ranks, path: Path, nproc: int, step: int) -> None:
     """Run until `step` steps are logged, then ask it to stop by a STOP file, as a person would."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc), "--master-addr"]
-    command += ["127.0.0.1", "--master-port", str(free_port()), "-m", "sdtrain", "train", str(path)]
     run = path.parent / "run"
-    agent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while agent.poll() is None:
+    start = ranks.start(nproc, "-m", "sdtrain", "train", path)
+    while not start.is_over(0.01):
         reached = max((row.get("step", 0) for row in read_json_lines(run / "metrics.jsonl")), default=0)
         if reached >= step and step < STEPS:
             (run / "STOP").touch()
             break
-        time.sleep(0.01)
-    _, errors = agent.communicate(timeout=120)
-    assert agent.returncode == 0, errors[-3000:]
+    start.wait(120)
+    assert start.codes == [0] * nproc, start.said()
     assert json.loads((run / "exit.json").read_text())["code"] == 0
