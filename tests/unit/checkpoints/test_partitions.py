@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from importlib.metadata import version
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -11,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdtrain.checkpoints.partitions import MasterPartitions
+from sdtrain.checkpoints.partitions import ROW, MasterPartitions, norm_of
 from sdtrain.checkpoints.recut import Layout, span
-from sdtrain.errors import CheckpointError, ExitCode
+from sdtrain.errors import CheckpointError, ExitCode, PreflightError
 from sdtrain.training.engine import Engine, EngineSettings
 from tests.engines import one_rank
 
@@ -24,6 +25,41 @@ def test_an_optimiser_without_partitions_is_refused() -> None:
         MasterPartitions.of(torch.optim.AdamW(network.parameters()), network)
     assert raised.value.exit_code == ExitCode.CHECKPOINT
     assert str(raised.value) == "AdamW holds no flat fp32 partitions: checkpoints and EMA need trainer.zero_stage 2"
+
+
+def test_a_deepspeed_that_would_step_on_the_stand_in_for_the_gradients_is_refused() -> None:
+    other_release = SimpleNamespace(single_partition_of_fp32_groups=[])
+    with pytest.raises(PreflightError) as raised:
+        MasterPartitions.of(other_release, nn.Linear(2, 2))
+    assert str(raised.value) == (
+        f"deepspeed {version('deepspeed')} takes no gradients that are one vector already: its ZeRO optimiser has no "
+        "_get_preflattened_grad_partition. Install the release that requirements.lock names."
+    )
+
+
+@pytest.mark.parametrize("numel", [0, 1, ROW - 1, ROW, ROW + 1, 5_000_001])
+def test_the_norm_of_a_long_vector_is_that_of_its_squares_added_up_in_float64(numel: int) -> None:
+    flat = torch.rand(numel, generator=torch.Generator().manual_seed(0)) + 1
+    assert float(norm_of(flat)) == pytest.approx(float(flat.double().square().sum().sqrt()), rel=5e-7)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("position", [0, ROW, 2 * ROW])
+def test_one_element_that_is_not_finite_shows_in_the_norm(bad: float, position: int) -> None:
+    flat = torch.ones(2 * ROW + 1)
+    flat[position] = bad
+    assert not torch.isfinite(norm_of(flat))
+
+
+def test_pieces_become_one_vector_and_what_is_one_already_is_not_copied() -> None:
+    pieces = [torch.ones(2, 3), torch.arange(4.0), torch.zeros(2)]
+    flat = torch.arange(5.0)
+    optimizer = SimpleNamespace(averaged_gradients={0: pieces, 1: SimpleNamespace(flat_partition=flat)})
+    MasterPartitions(optimizer, Layout.of([]), ()).flatten_gradients()
+    first, second = optimizer.averaged_gradients.values()
+    assert first.flat_partition.tolist() == [1, 1, 1, 1, 1, 1, 0, 1, 2, 3, 0, 0]
+    assert second.flat_partition is flat
+    assert [float(one) ** 2 for (one,) in (first, second)] == pytest.approx([20, 30])
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +103,7 @@ def by_name(engine: Engine, kind: str) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 def test_the_layout_names_every_trained_parameter_without_gaps(engine: Engine, network: nn.Module) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters() if parameter.requires_grad}
     groups = engine.partitions.layout.groups
@@ -81,7 +117,7 @@ def test_the_layout_names_every_trained_parameter_without_gaps(engine: Engine, n
     assert [len(master) for master in engine.partitions.masters()] == [150, 15]
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 def test_before_the_first_step_moments_are_zeros_and_the_master_is_the_network(
     engine: Engine, network: nn.Module
 ) -> None:
@@ -111,7 +147,7 @@ def test_each_rank_loads_its_own_span_of_whole_parameters() -> None:
     assert torch.cat(pieces).tolist() == [*map(float, range(9)), -1.0, -1.0, -1.0]
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 def test_master_and_moments_are_those_of_the_named_parameter(engine: Engine, network: nn.Module) -> None:
     train(engine, 3)
     masters, first, second = (by_name(engine, kind) for kind in ("master", "exp_avg", "exp_avg_sq"))
@@ -122,7 +158,7 @@ def test_master_and_moments_are_those_of_the_named_parameter(engine: Engine, net
         assert (second[name] >= 0).all()
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 def test_what_is_saved_comes_back_and_reaches_the_working_weights(engine: Engine, network: nn.Module) -> None:
     train(engine, 1)
     saved = copy.deepcopy(engine.partitions.tensors())
@@ -137,7 +173,7 @@ def test_what_is_saved_comes_back_and_reaches_the_working_weights(engine: Engine
     assert [float(state["step"]) for state in states] == [2.0, 2.0], "Adam's bias correction goes on from here"
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 def test_restoring_an_untrained_state_leaves_adam_fresh(place: None) -> None:
     torch.manual_seed(1)
     settings = EngineSettings(micro_batch_size=2, grad_accum_steps=1)
@@ -167,7 +203,7 @@ def test_a_trained_engine_that_goes_back_to_its_beginning_is_a_fresh_one(place: 
     assert all(torch.equal(one, other) for one, other in zip(first, take_steps(engine), strict=True))
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 def test_working_weights_swap_and_return_exactly(engine: Engine, network: nn.Module) -> None:
     before = copy.deepcopy(engine.partitions.tensors())
     working = {name: parameter.clone() for name, parameter in network.named_parameters()}
@@ -182,7 +218,7 @@ def test_working_weights_swap_and_return_exactly(engine: Engine, network: nn.Mod
     assert not torch.equal(engine.partitions.tensors()["group0/master"], before["group0/master"])
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 def test_an_error_under_other_weights_waits_for_nobody(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other ranks do not have this error, so they would not come to a collective."""
     replacement = [torch.full_like(master, 0.1) for master in engine.partitions.masters()]
