@@ -14,6 +14,7 @@ Ranks are forked from this process, which has imported everything: a cold start 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -174,8 +175,14 @@ def kill_all(ranks: Sequence[int], chance: random.Random) -> None:
 
 
 def stop_one(ranks: Sequence[int], chance: random.Random) -> None:
-    """SIGSTOP of one rank, as a hung driver."""
-    os.kill(chance.choice(ranks), signal.SIGSTOP)
+    """SIGSTOP of one rank, as a hung driver; one without its watchdog yet could be ended by a launcher alone."""
+    victim = chance.choice(ranks)
+    children = Path(f"/proc/{victim}/task/{victim}/children")
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        deadline = time.monotonic() + 10
+        while not children.read_text().split() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(victim, signal.SIGSTOP)
 
 
 def terminate(ranks: Sequence[int], chance: random.Random) -> None:
