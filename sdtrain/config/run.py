@@ -388,10 +388,19 @@ def phases_cover_the_run(task: TaskConfig) -> Iterator[Problem]:
 
 
 def steps_fit_the_process(samples: SamplesConfig | None, process: ProcessConfig | None) -> Iterator[Problem]:
-    """A sampler visits every noise level once at most."""
-    if samples and process and samples.num_steps > process.num_train_timesteps:
-        limit = process.num_train_timesteps
-        yield Problem("samples.num_steps", f"must be <= process.num_train_timesteps = {limit}")
+    """A sampler visits every noise level once at most, and never the lowest one unless it begins in pure noise."""
+    if samples is None or process is None:
+        return
+    total = process.num_train_timesteps
+    if process.prediction_type == "flow" or process.zero_terminal_snr:
+        if samples.num_steps > total:
+            yield Problem("samples.num_steps", f"must be <= process.num_train_timesteps = {total}")
+    elif samples.num_steps >= total:
+        yield Problem(
+            "samples.num_steps",
+            f"must be < process.num_train_timesteps = {total}: sampling leaves out timestep 0 where the last one is "
+            "not pure noise",
+        )
 
 
 def bins_fit_the_process(validation: ValidationConfig | None, process: ProcessConfig | None) -> Iterator[Problem]:

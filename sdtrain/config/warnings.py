@@ -19,6 +19,8 @@ def warnings(config: Section) -> list[str]:
             found = [
                 *_optimizer(config),
                 *_process(config),
+                *_timesteps(config),
+                *_health(config),
                 *_trainer(config),
                 *_autoencoding(config),
                 *_guidance(config),
@@ -50,10 +52,24 @@ def _optimizer(config: TrainingConfig) -> Iterator[str]:
 
 def _process(config: TrainingConfig) -> Iterator[str]:
     process = config.process
-    if process is not None and process.beta_schedule == "cosine":
-        for key in ("beta_start", "beta_end"):
-            if _is_set(process, key):
-                yield f"process.{key} has no effect: process.beta_schedule is cosine"
+    if process is None:
+        return
+    reason = {"cosine": "process.beta_schedule is cosine", None: "process.prediction_type is flow"}
+    for key in ("beta_start", "beta_end"):
+        if process.beta_schedule in reason and _is_set(process, key):
+            yield f"process.{key} has no effect: {reason[process.beta_schedule]}"
+
+
+def _timesteps(config: TrainingConfig) -> Iterator[str]:
+    if isinstance(config.task, LatentDiffusionTask) and config.task.timesteps.distribution == "uniform":
+        for key in ("logit_mean", "logit_std"):
+            if _is_set(config.task.timesteps, key):
+                yield f"task.timesteps.{key} has no effect: task.timesteps.distribution is uniform"
+
+
+def _health(config: TrainingConfig) -> Iterator[str]:
+    if config.health.spike_ratio is None and _is_set(config.health, "spike_deviations"):
+        yield "health.spike_deviations has no effect: health.spike_ratio is null"
 
 
 def _trainer(config: TrainingConfig) -> Iterator[str]:
@@ -134,5 +150,5 @@ def _ingestion(config: IngestionConfig) -> Iterator[str]:
 
 
 def _sampling(config: SamplingConfig) -> Iterator[str]:
-    if config.sampler == "ddpm" and _is_set(config, "eta"):
-        yield "eta has no effect: sampler is ddpm"
+    if config.sampler != "ddim" and _is_set(config, "eta"):
+        yield f"eta has no effect: sampler is {config.sampler}"

@@ -22,6 +22,7 @@ from sdtrain.evaluation.grids import make_grid
 from sdtrain.records import Conditioning
 from sdtrain.run_dir import write_atomically
 from sdtrain.samplers.settings import SamplerName, SamplerSettings
+from sdtrain.samplers.steps import spacing_of
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
 
 LISTING = "samples.json"
@@ -83,6 +84,7 @@ def generate(
             f"found {len(prompts)} prompts, {len(seeds)} seeds and batch_size {batch_size}; "
             "needed is one seed for each prompt, at least one, and a batch_size of 1 or more"
         )
+    _refuse_steps(num_steps, pipeline)
     settings = SamplerSettings(sampler=sampler, num_steps=num_steps, guidance_scale=guidance_scale, eta=eta)
     task = _task(pipeline, settings)
     parts = []
@@ -93,6 +95,19 @@ def generate(
         if callback is not None:
             callback(len(parts[-1]))
     return np.concatenate(parts)
+
+
+def _refuse_steps(num_steps: int, pipeline: LoadedPipeline) -> None:
+    """What rule `steps_fit_the_process` says of a training page's `samples`, of the system that is sampled."""
+    total = pipeline.process.num_train_timesteps
+    most, why = total, ""
+    if spacing_of(pipeline.process) == "leading":
+        most, why = total - 1, ", and whose last one is not pure noise: sampling then leaves out timestep 0"
+    if num_steps > most:
+        raise ConfigError(
+            f"num_steps = {num_steps}: must be <= {most} for {pipeline.source}, which has {total} timesteps{why}. "
+            "Lower it."
+        )
 
 
 def to_pixels(images: Tensor) -> NDArray[np.uint8]:

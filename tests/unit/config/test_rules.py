@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sdtrain.config.load import load_config, load_sampling, load_training
-from sdtrain.config.run import allowed_world_sizes, grad_accum_steps
+from sdtrain.config.process import ProcessConfig
+from sdtrain.config.run import allowed_world_sizes, grad_accum_steps, steps_fit_the_process
+from sdtrain.config.samples import SamplesConfig
 from sdtrain.errors import ConfigError, ExitCode
 
 TRAINING = """\
@@ -250,6 +253,19 @@ def page(tmp_path: Path, text: str) -> Path:
         (["process.beta_start=0.5"], "process.beta_start = 0.5 (command line): must be < process.beta_end = 0.02"),
         (
             ["process.num_train_timesteps=8", "samples={every_steps: 1, prompts: [a], num_steps: 9}"],
+            "samples.num_steps = 9 (command line): must be < process.num_train_timesteps = 8: sampling leaves out "
+            "timestep 0 where the last one is not pure noise",
+        ),
+        (
+            ["samples={every_steps: 1, prompts: [a], num_steps: 1000}"],
+            "samples.num_steps = 1000 (command line): must be < process.num_train_timesteps = 1000: sampling leaves "
+            "out timestep 0 where the last one is not pure noise",
+        ),
+        (
+            [
+                "process={prediction_type: flow, num_train_timesteps: 8}",
+                "samples={every_steps: 1, prompts: [a], num_steps: 9}",
+            ],
             "samples.num_steps = 9 (command line): must be <= process.num_train_timesteps = 8",
         ),
         (
@@ -400,3 +416,31 @@ def test_allowed_world_sizes_are_the_divisors() -> None:
     assert allowed_world_sizes(12) == (1, 2, 3, 4, 6, 12)
     assert allowed_world_sizes(512, 32) == (1, 2, 4, 8, 16)
     assert allowed_world_sizes(7, 7) == (1,)
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        {"prediction_type": "epsilon", "beta_schedule": "scaled_linear"},
+        {"prediction_type": "v_prediction", "beta_schedule": "linear", "zero_terminal_snr": True},
+        {"prediction_type": "flow"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("total", [2, 5, 8])
+def test_the_rule_allows_the_steps_that_samplers_take(process: dict[str, Any], total: int) -> None:
+    from sdtrain.build import build_process
+    from sdtrain.samplers.settings import SamplerSettings
+    from sdtrain.samplers.steps import sampling_timesteps, spacing_of
+
+    section = ProcessConfig(**process, num_train_timesteps=total)
+    spacing = spacing_of(build_process(section))
+    for num_steps in range(1, total + 3):
+        samples = SamplesConfig(every_steps=1, prompts=("a",), num_steps=num_steps)
+        allowed = not list(steps_fit_the_process(samples, section))
+        try:
+            sampling_timesteps(num_steps, total, spacing=spacing, steps_offset=SamplerSettings().steps_offset)
+        except ConfigError:
+            assert not allowed, num_steps
+        else:
+            assert allowed, num_steps

@@ -48,6 +48,23 @@ CONFIGS = Path(__file__).parents[3] / "configs/sd15"
         ),
         (
             "train",
+            ["task.timesteps={logit_mean: 0.5}"],
+            "task.timesteps.logit_mean has no effect: task.timesteps.distribution is uniform",
+        ),
+        (
+            "train",
+            ["task.timesteps={distribution: uniform, logit_std: 1.0}"],
+            "task.timesteps.logit_std has no effect: task.timesteps.distribution is uniform",
+        ),
+        (
+            "train",
+            ["health={spike_ratio: null, spike_deviations: 9.0}"],
+            "health.spike_deviations has no effect: health.spike_ratio is null",
+        ),
+        ("sample", ["sampler=ddpm", "eta=0.5"], "eta has no effect: sampler is ddpm"),
+        ("sample", ["sampler=euler", "eta=0.0"], "eta has no effect: sampler is euler"),
+        (
+            "train",
             ["checkpoint.best_by=validation/accuracy"],
             "checkpoint.best_by has no effect: checkpoint.keep_best is null",
         ),
@@ -120,6 +137,15 @@ def test_cosine_betas() -> None:
     assert warnings(config) == [
         f"process.{key} has no effect: process.beta_schedule is cosine" for key in ("beta_start", "beta_end")
     ]
+
+
+def test_a_flow_has_no_betas() -> None:
+    process = "process={prediction_type: flow, beta_start: 0.001, beta_end: 0.02}"
+    assert warnings(load_config(CONFIGS / "train.yaml", [process])) == [
+        f"process.{key} has no effect: process.prediction_type is flow" for key in ("beta_start", "beta_end")
+    ]
+    shaped = "task.timesteps={distribution: logit_normal, logit_mean: 0.0, logit_std: 1.0}"
+    assert warnings(load_config(CONFIGS / "train.yaml", ["process={prediction_type: flow}", shaped])) == []
 
 
 def test_unconditional() -> None:

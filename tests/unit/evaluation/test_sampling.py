@@ -150,6 +150,19 @@ def test_counts_that_do_not_fit_are_refused(pipeline, prompts, seeds, batch_size
         generate(pipeline, prompts, seeds, batch_size=batch_size)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler"])
+def test_more_steps_than_the_system_has_are_refused_before_anything_is_drawn(pipeline, sampler):
+    total = pipeline.process.num_train_timesteps
+    drawn = []
+    with pytest.raises(ConfigError) as raised:
+        pictures(pipeline, sampler=sampler, num_steps=total, callback=drawn.append)
+    assert str(raised.value) == (
+        f"num_steps = {total}: must be <= {total - 1} for {pipeline.source}, which has {total} timesteps, and whose "
+        "last one is not pure noise: sampling then leaves out timestep 0. Lower it."
+    )
+    assert drawn == []
+
+
 def test_pixels_are_rounded_and_capped():
     images = torch.tensor([-1.2, -1.0, 0.0, 0.999, 1.0, 7.0]).view(6, 1, 1, 1).expand(6, 3, 2, 2)
     assert to_pixels(images)[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255, 255]
