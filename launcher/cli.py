@@ -88,7 +88,11 @@ def torchrun(
         str | None, typer.Option(metavar="HOST:PORT", help="Node 0's address; beyond one node.")
     ] = None,
     resume: Annotated[
-        str, typer.Option(metavar="auto|PATH|never", help="Checkpoint that the first start begins from.")
+        str,
+        typer.Option(
+            metavar="auto|PATH|never",
+            help="Checkpoint that the first start begins from. PATH may be a URL of an upload store.",
+        ),
     ] = "auto",
     max_restarts: Annotated[int, typer.Option(min=0, help="Starts after a crash or a requeue request.")] = 0,
     shutdown_timeout: Annotated[int, typer.Option(min=1, help="Seconds to save in after a signal.")] = 120,

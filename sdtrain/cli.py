@@ -49,7 +49,10 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         str,
-        typer.Option(metavar="auto|PATH|URL|never", help="Go on from the newest checkpoint, from this one, or afresh."),
+        typer.Option(
+            metavar="auto|PATH|never",
+            help="Go on from the newest checkpoint, from this one, or afresh. PATH may be a URL of an upload store.",
+        ),
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything that needs no GPU, and stop.")] = False,
 ) -> None:
