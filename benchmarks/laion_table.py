@@ -54,7 +54,7 @@ def rows(start: int, count: int, total: int) -> pa.Table:
     row = np.arange(start, start + count, dtype=np.uint64)
     repeated = uniform(row, 0) < REPEATED_SHARE
     pool = max(total // 20, 1)
-    picture = np.where(repeated, total + (pool * uniform(row, 1) ** 4).astype(np.uint64), row).astype(np.uint64)
+    picture = np.where(repeated, total + (pool * uniform(row, 1) ** 2).astype(np.uint64), row).astype(np.uint64)
     columns = {"URL": _urls(picture), "TEXT": _captions(row), **_scores(picture)}
     return pa.table(columns)
 

@@ -62,6 +62,35 @@ def run(
             _run(runner, stages, wanted)
 
 
+@app.command(epilog="Example: sdtrain-data plan configs/sd15/data.yaml filter.min_aesthetic=6 plan.bandwidth_mbit=500")
+def plan(
+    config: ConfigPath,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the forecast as JSON and nothing else.")] = False,
+) -> None:
+    """Forecast funnel, pictures, bytes and hours from a sample of the metadata, before any picture is fetched."""
+    page = _load(config, words or ())
+    from rich.console import Console
+
+    from data_pipeline.build import executor_for, runner_for
+    from data_pipeline.planner import forecast, plan_stages, tables_of, to_json
+
+    stages = plan_stages(page)
+    console = Console()
+    with executor_for(page) as executor:
+        _run(runner_for(page, executor, Console(quiet=True) if as_json else console), stages, ())
+    found = forecast(page)
+    if as_json:
+        typer.echo(to_json(found), nl=False)
+        return
+    for table in tables_of(found):
+        console.print(table)
+    for line in found.assumptions:
+        typer.echo(f"assumes: {line}")
+    for line in found.warnings:
+        typer.echo(f"warning: {line}", err=True)
+
+
 @app.command(epilog="Example: sdtrain-data status configs/sd15/data.yaml")
 def status(
     config: ConfigPath, words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None

@@ -40,12 +40,14 @@ class Rule:
         setting: The threshold in words.
         nulls: What happens to rows whose value is absent.
         check: Batch -> bool array, null where the value is absent.
+        columns: What it looks at.
     """
 
     name: str
     setting: str
     nulls: NullPolicy
     check: Check
+    columns: tuple[str, ...]
 
     def passes(self, batch: pa.RecordBatch) -> pa.Array:
         """Which rows pass; no nulls."""
@@ -119,7 +121,7 @@ def rules_for(
     """
     build = _RuleBuilder(settings, columns, source, cuts or {})
     candidates = [
-        Rule("url", "present", "reject", lambda batch: pc.greater(pc.binary_length(batch["url"]), 0)),
+        Rule("url", "present", "reject", lambda batch: pc.greater(pc.binary_length(batch["url"]), 0), ("url",)),
         build.aesthetic(),
         build.percentile("aesthetic"),
         build.similarity(),
@@ -157,24 +159,26 @@ class _RuleBuilder:
         has_other = f"aesthetic_{other}" in self.columns.chosen
         advice = f"set filter.aesthetic_scale: {other} (with a threshold of that scale), " if has_other else ""
         self._need(f"aesthetic_{scale}", "min_aesthetic", "AESTHETIC_SCORE" if scale == "v2" else "aesthetic", advice)
-        return Rule("aesthetic", f"{scale} >= {least:g}", self._nulls("aesthetic"), _least(f"aesthetic_{scale}", least))
+        column = f"aesthetic_{scale}"
+        return self._rule("aesthetic", f"{scale} >= {least:g}", "aesthetic", _least(column, least), column)
 
     def similarity(self) -> Rule | None:
         least = self.settings.min_similarity
         if least is None:
             return None
         self._need("similarity", "min_similarity", "similarity")
-        return Rule("similarity", f">= {least:g}", self._nulls("similarity"), _least("similarity", least))
+        return self._rule("similarity", f">= {least:g}", "similarity", _least("similarity", least), "similarity")
 
     def size(self) -> Rule | None:
-        checks, words = [], []
+        sides, checks, words = [], [], []
         for side in ("width", "height"):
             least = self.settings.min_width if side == "width" else self.settings.min_height
             if least is not None:
                 self._need(side, f"min_{side}", side.upper())
+                sides.append(side)
                 checks.append(_least(side, least))
                 words.append(f"{side} >= {least}")
-        return Rule("size", ", ".join(words), self._nulls("size"), _all(checks)) if checks else None
+        return self._rule("size", ", ".join(words), "size", _all(checks), *sides) if checks else None
 
     def aspect_ratio(self) -> Rule | None:
         low, high = self.settings.min_aspect_ratio, self.settings.max_aspect_ratio
@@ -187,7 +191,8 @@ class _RuleBuilder:
         def ratio(batch: pa.RecordBatch) -> pa.Array:
             return pc.divide(batch["width"].cast(pa.float64()), batch["height"].cast(pa.float64()))
 
-        return Rule("aspect_ratio", _range_words("", low, high), self._nulls("size"), _between(ratio, low, high))
+        words = _range_words("", low, high)
+        return self._rule("aspect_ratio", words, "size", _between(ratio, low, high), "width", "height")
 
     def caption(self) -> Rule | None:
         low, high = self.settings.min_caption_chars, self.settings.max_caption_chars
@@ -198,14 +203,14 @@ class _RuleBuilder:
             return pc.utf8_length(pc.utf8_trim_whitespace(batch["caption"]))
 
         words = _range_words(" characters", low, high)
-        return Rule("caption", words, self._nulls("caption"), _between(length, low, high))
+        return self._rule("caption", words, "caption", _between(length, low, high), "caption")
 
     def pwatermark(self) -> Rule | None:
         limit = self.settings.max_pwatermark
         if limit is None:
             return None
         self._need("pwatermark", "max_pwatermark", "pwatermark")
-        return Rule("pwatermark", f"< {limit:g}", self._nulls("pwatermark"), _below("pwatermark", limit))
+        return self._rule("pwatermark", f"< {limit:g}", "pwatermark", _below("pwatermark", limit), "pwatermark")
 
     def nsfw(self) -> Rule | None:
         allow, limit = self.settings.nsfw_allow, self.settings.max_punsafe
@@ -218,9 +223,9 @@ class _RuleBuilder:
                 inside = pc.is_in(batch["nsfw"], value_set=values)
                 return pc.if_else(batch["nsfw"].is_null(), pa.scalar(None, pa.bool_()), inside)
 
-            return Rule("nsfw", f"in {{{', '.join(allow)}}}", self._nulls("nsfw"), is_allowed)
+            return self._rule("nsfw", f"in {{{', '.join(allow)}}}", "nsfw", is_allowed, "nsfw")
         self._need("punsafe", "nsfw", "NSFW or punsafe")
-        return Rule("nsfw", f"punsafe < {limit:g}", self._nulls("nsfw"), _below("punsafe", limit))
+        return self._rule("nsfw", f"punsafe < {limit:g}", "nsfw", _below("punsafe", limit), "punsafe")
 
     def percentile(self, family: str) -> Rule | None:
         percent = self.settings.percentiles.get(family)
@@ -231,10 +236,10 @@ class _RuleBuilder:
         cut, is_least = self.cuts[column], family in ("aesthetic", "similarity")
         words = f"{'>=' if is_least else '<='} percentile {percent:g} = {cut:g}"
         check = _least(column, cut) if is_least else _at_most(column, cut)
-        return Rule(f"{family}_percentile", words, self._nulls("nsfw" if family == "punsafe" else family), check)
+        return self._rule(f"{family}_percentile", words, "nsfw" if family == "punsafe" else family, check, column)
 
-    def _nulls(self, family: str) -> NullPolicy:
-        return self.settings.nulls[family]
+    def _rule(self, name: str, setting: str, family: str, check: Check, *columns: str) -> Rule:
+        return Rule(name, setting, self.settings.nulls[family], check, columns)
 
 
 def _threshold(value: float, kind: pa.DataType) -> pa.Scalar:
@@ -284,12 +289,22 @@ def _range_words(unit: str, low: float | None, high: float | None) -> str:
     return f">= {low:g}{unit}" if low is not None else f"<= {high:g}{unit}"
 
 
-def judge(batch: pa.RecordBatch, rules: Sequence[Rule]) -> npt.NDArray[np.uint8]:
+def failures(batch: pa.RecordBatch, rules: Sequence[Rule]) -> list[npt.NDArray[np.bool_]]:
+    """For each rule which rows fail it, whatever the rules before it say."""
+    return [~rule.passes(batch).to_numpy(zero_copy_only=False) for rule in rules]
+
+
+def verdicts(failed: Sequence[npt.NDArray[np.bool_]]) -> npt.NDArray[np.uint8]:
     """For each row the place of the first rule that rejects it, counted from 1; 0 passes."""
-    verdict = np.zeros(batch.num_rows, np.uint8)
-    for place, rule in reversed(list(enumerate(rules, 1))):
-        verdict[~rule.passes(batch).to_numpy(zero_copy_only=False)] = place
+    verdict = np.zeros(len(failed[0]), np.uint8)
+    for place, mask in reversed(list(enumerate(failed, 1))):
+        verdict[mask] = place
     return verdict
+
+
+def judge(batch: pa.RecordBatch, rules: Sequence[Rule]) -> npt.NDArray[np.uint8]:
+    """The verdict on each row of a batch."""
+    return verdicts(failures(batch, rules))
 
 
 def apply_rules(batch: pa.RecordBatch, rules: Sequence[Rule]) -> tuple[pa.RecordBatch, dict[str, int]]:

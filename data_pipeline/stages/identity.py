@@ -108,20 +108,30 @@ class TextIdentity:
 
     def of(self, path: Path) -> Iterator[Identities]:
         """Hash URLs and captions, leave out what is excluded."""
-        keys, sha256s = read_excluded_urls(self.exclude)
+        listed = read_excluded_urls(self.exclude)
         first = 0
         for batch in pq.ParquetFile(path).iter_batches(BATCH_ROWS, columns=["url", "caption"]):
-            urls = batch["url"].fill_null("").to_pylist()
-            url_high, url_low = high, low = to_words(map(_digest, urls))
-            if self.by == "url_text":
-                captions = batch["caption"].fill_null("").to_pylist()
-                high, low = to_words(_digest(f"{url}\0{text}") for url, text in zip(urls, captions, strict=True))
-            is_out = is_listed(url_high, url_low, keys)
-            if len(sha256s[0]):
-                is_out |= is_listed(*to_words(_sha256(url) for url in urls), sha256s)
-            rows = np.arange(first, first + len(urls), dtype=np.int64)
-            yield Identities(high, low, rows, url_high).take(np.flatnonzero(~is_out))
-            first += len(urls)
+            yield self.of_batch(batch, listed, first)
+            first += batch.num_rows
+
+    def of_batch(self, batch: pa.RecordBatch, listed: ExcludedUrls, first: int = 0) -> Identities:
+        """As `of`, for rows in memory.
+
+        Args:
+            batch: With the columns url and caption.
+            listed: What `read_excluded_urls` says of the lists.
+            first: Number of the first row.
+        """
+        urls = batch["url"].fill_null("").to_pylist()
+        url_high, url_low = high, low = to_words(map(_digest, urls))
+        if self.by == "url_text":
+            captions = batch["caption"].fill_null("").to_pylist()
+            high, low = to_words(_digest(f"{url}\0{text}") for url, text in zip(urls, captions, strict=True))
+        is_out = is_listed(url_high, url_low, listed.keys)
+        if len(listed.sha256s[0]):
+            is_out |= is_listed(*to_words(map(_sha256, urls)), listed.sha256s)
+        rows = np.arange(first, first + len(urls), dtype=np.int64)
+        return Identities(high, low, rows, url_high).take(np.flatnonzero(~is_out))
 
 
 @dataclass(frozen=True)
@@ -191,15 +201,20 @@ def holdout_rank(place: Words, seed: int) -> Words:
     return mixed(place ^ np.uint64(int.from_bytes(_digest(f"seed {seed}")[:8], "big")))
 
 
-def read_excluded_urls(paths: Sequence[Path]) -> tuple[Listed, Listed]:
+@dataclass(frozen=True, slots=True)
+class ExcludedUrls:
+    """The URLs on some lists: those known by their key, and those known by their sha256 (its first half)."""
+
+    keys: Listed
+    sha256s: Listed
+
+
+def read_excluded_urls(paths: Sequence[Path]) -> ExcludedUrls:
     """The URLs on some lists.
 
     Args:
         paths: Text files with a URL, a key (32 hexadecimal digits) or the sha256 of a URL (64) in each line, or parquet
             files with a URL column.
-
-    Returns:
-        Keys, and the first halves of sha256 digests, each in ascending order.
 
     Raises:
         DataError: A list cannot be read or holds nothing.
@@ -210,7 +225,7 @@ def read_excluded_urls(paths: Sequence[Path]) -> tuple[Listed, Listed]:
             sha256s.add(bytes.fromhex(entry)[:16])
         else:
             keys.add(bytes.fromhex(entry) if _KEY.fullmatch(entry) else _digest(entry))
-    return to_words(sorted(keys)), to_words(sorted(sha256s))
+    return ExcludedUrls(to_words(sorted(keys)), to_words(sorted(sha256s)))
 
 
 def _entries(path: Path) -> list[str]:

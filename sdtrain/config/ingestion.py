@@ -231,6 +231,32 @@ class EncodeConfig(Section):
     check_samples: NonNegativeInt = 4
 
 
+class PlanConfig(Section):
+    """What `sdtrain-data plan` goes by; no run depends on it.
+
+    Attributes:
+        sample: Share of the URLs that the forecast rests on, chosen by their hash.
+        min_sample_rows: Rows that it rests on at least, so that small tables are forecast as well as large ones.
+        link_success: Share of the links that still give a usable picture; 0.60 to 0.75 is normal for LAION today.
+        bandwidth_mbit: Of the download, in megabits a second.
+        fetched_bytes_per_pixel: Bytes of a picture on the web for each of its pixels.
+        images_per_core_second: Pictures that one downloading process fetches and resizes in a second.
+        gpu: What encodes; its published speed and a utilisation of 30 % are taken.
+        num_gpus: How many of them.
+        encode_images_per_second: What one of them encodes in truth, where it is known; null takes the estimate.
+    """
+
+    sample: Annotated[float, Field(gt=0, le=1)] = 0.01
+    min_sample_rows: NonNegativeInt = 20_000
+    link_success: Annotated[float, Field(gt=0, le=1)] = 0.65
+    bandwidth_mbit: PositiveFloat = 1000.0
+    fetched_bytes_per_pixel: PositiveFloat = 0.2
+    images_per_core_second: PositiveFloat = 60.0
+    gpu: Literal["a100", "h100", "h200", "l40s", "rtx4090"] = "a100"
+    num_gpus: PositiveInt = 1
+    encode_images_per_second: PositiveFloat | None = None
+
+
 class RunnerConfig(Section):
     """How the stages are spread by Ray; the output does not depend on it.
 
@@ -264,6 +290,7 @@ class IngestionConfig(Section):
         tokenize: How captions become tokens.
         encode: How pictures become latents; null stores pictures only (to train an autoencoder).
         runner: How the stages are spread.
+        plan: What the forecast goes by.
     """
 
     schema_version: SchemaVersion
@@ -279,6 +306,7 @@ class IngestionConfig(Section):
     tokenize: TokenizeConfig = TokenizeConfig()
     encode: EncodeConfig | None = None
     runner: RunnerConfig = RunnerConfig()
+    plan: PlanConfig = PlanConfig()
 
 
 def filter_ranges_are_not_empty(filter: FilterConfig) -> Iterator[Problem]:
