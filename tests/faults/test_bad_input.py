@@ -301,6 +301,7 @@ def test_no_room_for_another_checkpoint_is_refused_unless_a_killed_attempt_left_
     assert start.codes == [0], start.said()
 
 
+@pytest.mark.long
 def test_who_keeps_more_checkpoints_than_the_disk_holds_is_warned(fresh: Place, confined: Confined) -> None:
     fresh.run.path.mkdir()
     start, _ = confined("size=64m", fresh.run.path, fresh.page, "checkpoint.every_steps=1")

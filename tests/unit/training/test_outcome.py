@@ -11,9 +11,18 @@ import pytest
 
 from sdtrain import distributed
 from sdtrain.errors import ConfigError, DataError, DivergedError, ExitCode, NoProgressError, SdtrainError
-from sdtrain.run_dir import Exit, RunDir
+from sdtrain.run_dir import REFUSALS, Exit, RunDir
 from sdtrain.training import outcome
-from sdtrain.training.outcome import code_of, fruitless, leave_broken, leave_together, refuse_to_spin
+from sdtrain.training.outcome import (
+    Refused,
+    code_of,
+    fruitless,
+    leave_broken,
+    leave_refused,
+    leave_together,
+    refuse_to_spin,
+    refusing,
+)
 
 LOST = RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1234")
 
@@ -28,6 +37,7 @@ LOST = RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [
         (KeyboardInterrupt(), ExitCode.REQUEUE),
         (OSError(28, "No space left on device"), ExitCode.STORAGE),
         (OSError(122, "Disk quota exceeded"), ExitCode.STORAGE),
+        (OSError(30, "Read-only file system"), ExitCode.STORAGE),
         (OSError(2, "No such file"), ExitCode.BUG),
         (LOST, ExitCode.HANG),
         (RuntimeError("Timed out waiting 60000ms for recv operation"), ExitCode.HANG),
@@ -121,6 +131,67 @@ def test_only_bugs_show_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().err
     assert shown.startswith("Traceback (most recent call last):\n")
     assert shown.endswith("ZeroDivisionError: mine\n")
+
+
+def test_a_disk_that_takes_no_word_does_not_change_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path)
+
+    def full(self: RunDir, outcome: Exit) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunDir, "write_exit", full)
+    assert leave_broken(run, "a1", DataError("shard is gone"), 7) is ExitCode.DATA
+    assert capsys.readouterr().err == (
+        "rank 0: shard is gone\n"
+        f"rank 0: no word of it could be left in {tmp_path}: [Errno 28] No space left on device\n"
+    )
+
+
+# Starts that become no attempt ----------------------------------------------------------------------------------------
+
+
+def test_nothing_wrong_is_no_refusal() -> None:
+    with refusing():
+        pass
+    with pytest.raises(ZeroDivisionError), refusing():
+        raise ZeroDivisionError("a bug stays one")
+
+
+@pytest.mark.parametrize(
+    ("told", "code", "text"),
+    [
+        ([(2, "page"), (2, "page")], 2, "page"),
+        ([None, (3, "no manifest")], 3, "rank 1: no manifest"),
+        ([(8, "read-only"), (2, "a file")], 8, "rank 0: read-only"),
+    ],
+)
+def test_all_ranks_are_refused_by_the_first_one_that_is(
+    told: list[Any], code: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "gather_objects", lambda mine: told)
+    with pytest.raises(Refused, match=f"^{text}$") as refused, refusing():
+        pass
+    assert code_of(refused.value) == code
+
+
+def test_a_refusal_is_said_once_and_told_to_a_launcher_that_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Refused) as caught, refusing():
+        raise ConfigError("another page")
+    monkeypatch.setenv(REFUSALS, str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert leave_refused("a1", caught.value) is ExitCode.CONFIG
+    assert (capsys.readouterr().err, list(tmp_path.iterdir())) == ("", [])
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert leave_refused("a1", caught.value) is ExitCode.CONFIG
+    assert word(RunDir(tmp_path)) == (2, "another page", -1, 1, "a1"), "on every node"
+    monkeypatch.setenv("RANK", "0")
+    leave_refused("a1", caught.value)
+    assert capsys.readouterr().err == "sdtrain: another page\n"
 
 
 # A run that goes round in circles ------------------------------------------------------------------------------------

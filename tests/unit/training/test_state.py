@@ -13,7 +13,7 @@ from torch import nn
 from sdtrain.checkpoints.manifest import Checkpoint, buffer_key, rank_file
 from sdtrain.checkpoints.protocol import commit
 from sdtrain.errors import CheckpointError, ExitCode
-from sdtrain.training.state import rank_files, restore, state_facts
+from sdtrain.training.state import expected_bytes, rank_files, restore, state_facts
 from tests.engines import PlainEngine
 
 
@@ -141,3 +141,13 @@ def test_two_ranks_state_is_cut_anew_for_one(tmp_path: Path) -> None:
     restore(checkpoint, {"denoiser": engine})
     assert engine.restored is not None
     assert all(torch.equal(engine.restored[0][key], value) for key, value in old.tensors().items())
+
+
+@pytest.mark.parametrize("has_ema", [True, False])
+def test_what_a_checkpoint_takes_is_known_before_there_is_an_engine(tmp_path: Path, has_ema: bool) -> None:
+    module = nn.Sequential(nn.Linear(300, 200), nn.BatchNorm1d(200))
+    checkpoint = saved(tmp_path, {"denoiser": PlainEngine(module, has_ema=has_ema)})
+    tensors = sum(entry["size_bytes"] for name, entry in checkpoint.files.items() if name.endswith(".safetensors"))
+    assert expected_bytes(module, has_ema=has_ema) == pytest.approx(tensors, rel=0.01)
+    module[0].requires_grad_(False)
+    assert expected_bytes(module, has_ema=has_ema) == 4 * (4 if has_ema else 3) * 400 + 2 * 200 * 4 + 8
