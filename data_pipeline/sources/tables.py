@@ -99,14 +99,14 @@ def _remote_tables(url: str) -> list[RemoteTable]:
 
 
 def _remote_table(url: str, row: Mapping[str, Any]) -> RemoteTable:
-    lfs = row.get("lfs") or {}
+    lfs = row.get("lfs")  # huggingface_hub.BlobLfsInfo
     tag = next((str(row[name]) for name in _TAGS if row.get(name)), "")
-    return RemoteTable(url, int(row.get("size") or 0), tag, str(lfs.get("sha256") or ""))
+    return RemoteTable(url, int(row.get("size") or 0), tag, getattr(lfs, "sha256", ""))
 
 
 def _chunks(url: str) -> Iterator[bytes]:
     with reaching(url, may_heal=True) as (files, path):
-        source = files.open(path, "rb", block_size=_CHUNK_BYTES, cache_type="readahead")
+        source = files.open(path, "rb", block_size=_CHUNK_BYTES, cache_type="none")
     with source:
         while True:
             with reaching(url, may_heal=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import mmh3
@@ -15,8 +17,15 @@ from data_pipeline.cluster import InlineExecutor, RayExecutor
 from data_pipeline.ledger import sha256_file
 from data_pipeline.runner import Runner
 from data_pipeline.stages import dedup as dedup_module
-from data_pipeline.stages.dedup import dedup_stages
-from data_pipeline.stages.identity import holdout_rank, identity, to_words
+from data_pipeline.stages.dedup import PickStage, SplitStage, dedup_stages
+from data_pipeline.stages.identity import (
+    HashIdentity,
+    holdout_rank,
+    identity,
+    is_listed,
+    read_excluded_urls,
+    to_words,
+)
 from sdtrain.errors import DataError
 
 
@@ -167,3 +176,110 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path):
             executor.__exit__()
         digests.append({path.name: sha256_file(path) for path in (tmp_path / name / "03-dedup").glob("0*")})
     assert digests[0] == digests[1] and len(digests[0]) > 10
+
+
+def test_groups_name_every_duplicate_and_the_row_that_stands_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(dedup_module, "ROWS_PER_BUCKET", 100)
+    monkeypatch.setattr(dedup_module, "ROWS_IN_MEMORY", 70)  # files are split in several runs
+    files = many_files()
+    write_files(tmp_path, files)
+    parts = run(tmp_path)
+    first: dict[str, tuple[int, int]] = {}
+    expected = {}
+    for file, rows in enumerate(files):
+        for row, (url, _) in enumerate(rows):
+            if first.setdefault(url, (file, row)) != (file, row):
+                expected[file, row] = first[url]
+    groups = [pq.read_table(path) for path in (tmp_path / "03-dedup-pick").glob("*.groups.parquet")]
+    found = {
+        (row["file"], row["row"]): (row["kept_file"], row["kept_row"]) for table in groups for row in table.to_pylist()
+    }
+    assert found == expected and len(groups) == 5
+    copies = {
+        url: count
+        for part in parts
+        for url, count in zip(*(part[n].to_pylist() for n in ("url", "copies")), strict=True)
+    }
+    assert copies == Counter(url for rows in files for url, _ in rows)
+
+
+@pytest.mark.parametrize("by", ["url", "url_text"])
+def test_an_evaluation_set_is_left_out_by_url_key_sha256_or_table(tmp_path, capsys, by):
+    files = [[(f"http://host/{index}", "first") for index in range(8)], [("http://host/1", "second")]]
+    write_files(tmp_path, files)
+    lines = ["# an evaluation set", "http://host/0", identity("http://host/1", "", "url").hex(), ""]
+    lines += [hashlib.sha256(b"http://host/2").hexdigest(), "http://elsewhere"]
+    text, table = tmp_path / "list.txt", tmp_path / "list.parquet"
+    text.write_text("\n".join(lines))
+    pq.write_table(pa.table({"URL": ["http://host/3", None]}), table)
+    parts = run(tmp_path, by=by, exclude=(text, table))
+    assert [url for url, _ in rows_of(parts, "train")] == [f"http://host/{index}" for index in (4, 5, 6, 7)]
+    told = json.loads((tmp_path / "03-dedup-pick/duplicates.json").read_text())
+    assert told == {"rows_in": 9, "excluded": 5, "duplicates": 0, "rows_out": 4}
+    assert "0 of 9 rows are duplicates, 5 excluded, 4 left" in capsys.readouterr().out
+    text.write_text("http://host/7\n")
+    assert len(rows_of(run(tmp_path, by=by, exclude=(text, table)), "train")) == (6 if by == "url" else 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, r"dedup\.exclude: .*none\.txt: no such file"),
+        ("empty.txt", b"# nothing\n", r"dedup\.exclude: .*empty\.txt is empty; give a URL or its hash in each line"),
+        ("bytes.txt", b"\xff\xfe\x00", r"dedup\.exclude: .*bytes\.txt: cannot be read \(.*\); give a text or parquet"),
+        ("cut.parquet", b"PAR1", r"dedup\.exclude: .*cut\.parquet: cannot be read \(.*\); give a text or parquet file"),
+    ],
+)
+def test_lists_that_cannot_be_used_are_named(tmp_path, name, content, message):
+    write_files(tmp_path, [[("http://a", "x"), ("http://b", "y")]])
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        run(tmp_path, exclude=(tmp_path / name,))
+
+
+def test_a_list_in_a_table_needs_one_column_of_urls(tmp_path):
+    path = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"link": ["http://a"]}), path)
+    with pytest.raises(DataError, match=r"list\.parquet: 0 columns of URLs; columns present: link; name one url"):
+        read_excluded_urls((path,))
+
+
+def test_hashes_of_pictures_go_through_the_same_passes(tmp_path):
+    source, listed = tmp_path / "02-filter", tmp_path / "evaluation.txt"
+    source.mkdir()
+    hashes = [["0f" * 32, None, "ab" * 32], ["ab" * 32, "0f" * 32, "cd" * 32, None]]
+    for index, column in enumerate(hashes):
+        table = pa.table({"sha256": pa.array(column, pa.string()), "phash": [f"{index:016x}"] * len(column)})
+        pq.write_table(table, source / f"{index:05d}.parquet")
+    listed.write_text("cd" * 32)
+    stages = [
+        SplitStage(HashIdentity("sha256", (listed,)), source, tmp_path / "split"),
+        PickStage(0, 0, tmp_path / "split", tmp_path / "pick"),
+    ]
+    Runner(output=tmp_path, executor=InlineExecutor()).run(stages)
+    groups = pq.read_table(tmp_path / "pick/00000.groups.parquet").to_pylist()
+    assert groups == [
+        {"kept_file": 0, "kept_row": 2, "file": 1, "row": 0},
+        {"kept_file": 0, "kept_row": 0, "file": 1, "row": 1},
+    ]
+    told = json.loads((tmp_path / "pick/duplicates.json").read_text())
+    assert told == {"rows_in": 7, "excluded": 3, "duplicates": 2, "rows_out": 2}
+    perceptual = [len(found.row) for found in HashIdentity("phash").of(source / "00001.parquet")]
+    assert perceptual == [4]
+
+
+def test_columns_that_hold_no_hashes_are_errors(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"sha256": ["no hash"]}), path)
+    with pytest.raises(DataError, match=r"a\.parquet: 'no hash' is no hexadecimal hash"):
+        list(HashIdentity("sha256").of(path))
+    with pytest.raises(DataError, match=r"a\.parquet: no column 'phash'; run the stage that hashes the pictures"):
+        list(HashIdentity("phash").of(path))
+
+
+def test_equal_first_halves_are_told_apart_by_the_second():
+    listed = to_words([b"\0" * 8 + b"a" * 8, b"\0" * 8 + b"c" * 8, b"\1" * 16])
+    high, low = to_words([b"\0" * 8 + b"b" * 8, b"\0" * 8 + b"c" * 8, b"\2" * 16, b"\1" * 16])
+    assert is_listed(high, low, listed).tolist() == [False, True, False, True]
+    assert is_listed(high, low, to_words([])).tolist() == [False] * 4

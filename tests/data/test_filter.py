@@ -17,9 +17,10 @@ from data_pipeline.build import filter_settings
 from data_pipeline.cluster import InlineExecutor
 from data_pipeline.funnel import Funnel
 from data_pipeline.runner import Runner
-from data_pipeline.sources.laion import Table
-from data_pipeline.stages.filter import FilterSettings, FilterStage, apply_rules, rules_for
+from data_pipeline.sources.laion import Table, TableWriter
+from data_pipeline.stages.filter import FilterSettings, FilterStage, apply_rules, filter_stages, rules_for
 from data_pipeline.stages.metadata import MetadataStage
+from data_pipeline.stages.percentiles import value_at_percentile
 from sdtrain.config.ingestion import FilterConfig, NsfwConfig
 from sdtrain.errors import DataError
 
@@ -283,3 +284,88 @@ def test_an_empty_filtered_file_keeps_its_columns(tmp_path):
     (batch,) = table.batches()
     passed, _ = apply_rules(batch, rules_for(PUBLISHED, table.columns, table.source))
     assert passed.num_rows == 0 and passed.schema == batch.schema
+
+
+def stages_over(tmp_path: Path, files: list[list[dict[str, Any]]], settings: FilterSettings):
+    """The stages up to the filter over some files of the V2 schema."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for index, rows in enumerate(files):
+        numbered = [{**GOOD, "url": f"http://a/{index}/{row}", **changes} for row, changes in enumerate(rows)]
+        laion_table(tmp_path, FAMILIES["aesthetics-v2"], numbered)
+        (tmp_path / "in.parquet").rename(source / f"{index}.parquet")
+    return [
+        MetadataStage(str(source), {}, out / "01-metadata"),
+        *filter_stages(settings, out / "01-metadata", out / "02-filter"),
+    ]
+
+
+def passed_urls(out: Path) -> list[str]:
+    files = sorted((out / "02-filter").glob("0000?.parquet"))
+    return [url for path in files for url in pq.read_table(path)["url"].to_pylist()]
+
+
+def test_percentiles_are_exact_over_all_files_however_the_rows_are_spread(tmp_path):
+    scores = np.random.default_rng(0).normal(6, 1, 400).astype(np.float32)
+    rows: list[dict[str, Any]] = [{"score": float(score)} for score in scores] + [{"score": None}]
+    settings = replace(PUBLISHED, min_aesthetic=None, percentiles={"aesthetic": 70.0, "pwatermark": 100.0})
+    expected = np.sort(scores)[280]  # 70 % of 400 values lie below it
+    for name, files in {"one": [rows], "three": [rows[300:], rows[:10], rows[10:300]]}.items():
+        (tmp_path / name).mkdir()
+        stages = stages_over(tmp_path / name, files, settings)
+        Runner(output=tmp_path / name / "out", executor=InlineExecutor()).run(stages, ["metadata", "filter"])
+        page = json.loads((tmp_path / name / "out/02-filter/funnel.json").read_text())
+        lines = {row["rule"]: row for row in page["rules"]}
+        assert lines["aesthetic_percentile"]["setting"] == f">= percentile 70 = {expected:g}"
+        assert lines["aesthetic_percentile"]["rejected"] == 281 and lines["pwatermark_percentile"]["rejected"] == 0
+        assert page["rows_out"] == len(passed_urls(tmp_path / name / "out")) == (scores >= expected).sum() == 120
+    assert [stage.name for stage in stages] == ["metadata", "filter-percentiles", "filter"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("percent", [0, 12.5, 50, 99.9, 100])
+def test_the_value_at_a_percentile_is_that_of_a_sort(dtype, percent):
+    values = np.random.default_rng(1).normal(0, 1, 1000).astype(dtype)
+    values[:200] = values[0]  # ties
+    values[200:205] = 0
+    parts = [np.sort(part) for part in np.split(values, [0, 1, 300, 310])]
+    expected = np.sort(values)[min(int(1000 * percent / 100), 999)]
+    assert value_at_percentile(parts, percent) == float(expected)
+
+
+def test_percentiles_without_a_column_or_a_value_are_errors(tmp_path):
+    settings = replace(PUBLISHED, min_aesthetic=None, percentiles={"aesthetic": 50.0})
+    (tmp_path / "none").mkdir()
+    stages = stages_over(tmp_path / "none", [[{"score": None}]], settings)
+    with pytest.raises(DataError, match=r"filter\.percentiles: no row has a aesthetic_v2; switch this percentile off"):
+        Runner(output=tmp_path / "none/out", executor=InlineExecutor()).run(stages)
+    stages = stages_over(tmp_path, [[{}]], replace(settings, aesthetic_scale="v1", percentiles={"similarity": 1.0}))
+    path = tmp_path / "source/0.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["similarity"]), path)
+    with pytest.raises(
+        DataError, match=r"0\.parquet: filter\.percentiles needs a column similarity; columns present: "
+    ):
+        Runner(output=tmp_path / "out", executor=InlineExecutor()).run(stages)
+    table = laion_table(tmp_path, FAMILIES["relaion"], [GOOD])
+    with pytest.raises(DataError, match=r"filter\.percentiles\.similarity needs a column similarity"):
+        rules_for(replace(settings, percentiles={"similarity": 1.0}, min_similarity=None), table.columns, table.source)
+
+
+def test_rejected_rows_are_kept_with_their_reason_where_that_is_wanted(tmp_path):
+    rows = [{}, {"score": 1.0, "width": 1}, {"width": 1}, {"pwatermark": None}, {"url": None}]
+    stages = stages_over(tmp_path, [rows], replace(PUBLISHED, keep_rejected=True))
+    Runner(output=tmp_path / "out", executor=InlineExecutor()).run(stages)
+    rejected = pq.read_table(tmp_path / "out/02-filter/00000.rejected.parquet")
+    assert rejected["rejected_by"].to_pylist() == ["aesthetic", "size", "pwatermark", "url"]
+    assert rejected["url"].to_pylist() == ["http://a/0/1", "http://a/0/2", "http://a/0/3", None]
+    kept = pq.read_table(tmp_path / "out/02-filter/00000.parquet")
+    assert kept["url"].to_pylist() == ["http://a/0/0"] and "rejected_by" not in kept.column_names
+
+
+def test_many_small_batches_become_few_row_groups(tmp_path):
+    table = pa.table({"url": ["u"] * 10, "caption": ["c"] * 10})
+    with TableWriter(tmp_path / "t.parquet", row_group=40) as writer:
+        for _ in range(10):
+            writer.add(table.to_batches()[0])
+    groups = pq.read_metadata(tmp_path / "t.parquet")
+    assert [groups.row_group(index).num_rows for index in range(groups.num_row_groups)] == [40, 40, 20]
