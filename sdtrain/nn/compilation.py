@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+
+from sdtrain.errors import ConfigError
 
 CompileMode = Literal["default", "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"]
 """torch's modes; the last two record CUDA graphs, which a training page is refused."""
@@ -30,7 +34,8 @@ def compile_blocks(network: nn.Module, *, mode: CompileMode = "default") -> int:
     """Let the repeated blocks of a network, and of all networks within it, be compiled when they first run.
 
     Equal blocks share what is compiled, so a network of many costs little more than one of each kind. Shapes are
-    compiled as they are: each new shape is a variant of its own, and none is replaced by a slower one for all shapes.
+    compiled as they are: each new shape is a variant of its own. One graph for all shapes, to which torch changes of
+    itself at the second, would be slower, and inductor (torch 2.13) cannot even compile a UNet's transformers so.
 
     torch stops compiling a piece of code after `recompile_limit` variants (by default 8), and runs all others eagerly
     with no more than a line in its log; the limits are raised beyond what networks and buckets need. One of inductor's
@@ -43,13 +48,19 @@ def compile_blocks(network: nn.Module, *, mode: CompileMode = "default") -> int:
 
     Returns:
         The number of compiled blocks.
+
+    Raises:
+        ConfigError: This machine has no compiler for the code that torch writes.
     """
+    blocks = {id(block): block for part in network.modules() for block in _blocks_of(part)}
+    if not blocks:
+        return 0
+    _refuse_without_compiler(next(network.parameters()).device.type)
     from torch._inductor import config as inductor  # both bring all of the compiler along
     from torch.compiler import config as limits
 
     limits.recompile_limit = limits.accumulated_recompile_limit = MAX_VARIANTS
     inductor.triton.mix_order_reduction = False
-    blocks = {id(block): block for part in network.modules() for block in _blocks_of(part)}
     for block in blocks.values():
         block.compile(mode=mode, dynamic=False)
     return len(blocks)
@@ -57,6 +68,17 @@ def compile_blocks(network: nn.Module, *, mode: CompileMode = "default") -> int:
 
 def _blocks_of(part: nn.Module) -> list[nn.Module]:
     return part.repeated_blocks() if isinstance(part, RepeatedBlocks) else []
+
+
+def _refuse_without_compiler(device: str) -> None:
+    """torch writes C++ for a CPU, and Triton, whose launchers are C, for a GPU."""
+    variable, names = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++",))
+    wanted = (os.environ[variable],) if variable in os.environ else names
+    if not any(map(shutil.which, wanted)):
+        raise ConfigError(
+            f"trainer.compile needs {' or '.join(wanted)} to compile what torch writes for {device}, and this machine "
+            f"has none on its PATH; install one, name another by the variable {variable}, or set trainer.compile: false"
+        )
 
 
 @contextmanager

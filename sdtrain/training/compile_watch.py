@@ -5,11 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from sdtrain import distributed
 from sdtrain.records import Batch
+
+if TYPE_CHECKING:  # it brings all of the compiler along
+    from torch._dynamo.utils import CompilationMetrics
 
 Batches = Generator[tuple[int, int, Batch]]
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -120,7 +125,7 @@ class CompileWatch:
             tally.graphs += 1
             if self._is_warm:
                 tally.recompiles += 1
-                tally.news.append(f"{record.co_name} in step {self._step}: {record.recompile_reason}")
+                tally.news.append(f"{_named(record)} in step {self._step}: {_reason(record)}")
 
     def _breaks(self) -> int:
         """Graph breaks of this process."""
@@ -129,3 +134,13 @@ class CompileWatch:
 
 def _shapes(fields: Mapping[str, Tensor]) -> Shapes:
     return tuple(sorted((name, tuple(field.shape)) for name, field in fields.items()))
+
+
+def _named(record: CompilationMetrics) -> str:
+    """What was compiled, and where it stands."""
+    return f"{record.co_name} ({Path(record.co_filename or '?').name}:{record.co_firstlineno})"
+
+
+def _reason(record: CompilationMetrics) -> str:
+    """The guard that failed, in torch's words and on one line."""
+    return " ".join((record.recompile_reason or "it ran for the first time").split())
