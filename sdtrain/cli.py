@@ -297,13 +297,15 @@ def _plan(page: TrainingConfig, world_size: int, resume: str | Path) -> str:
     """What a run would do, as far as it shows without torch.
 
     Raises:
-        ConfigError: The batch does not split over the ranks.
+        ConfigError: The batch does not split over the ranks, or the folder is not a run's.
         DataError: The manifest is missing.
+        StorageError: The folder cannot be written to.
     """
     batch = _batch(page, world_size)
     if isinstance(page.data.manifest, Path) and not page.data.manifest.is_file():
         raise DataError(f"data.manifest = {page.data.manifest}: no such file; `sdtrain-data run` writes it")
     folder = RunDir(page.resolved_run_dir)
+    folder.refuse_unusable()
     kept = sorted(one.name for one in folder.checkpoints.glob("step-*") if one.is_dir() and "." not in one.name)
     length = f"{page.trainer.max_steps} steps" if page.trainer.max_steps else f"{page.trainer.max_epochs} epochs"
     newest = f"newest checkpoint {kept[-1]}" if kept else "no checkpoint yet"

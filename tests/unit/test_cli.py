@@ -249,6 +249,12 @@ def test_dry_run_finds_what_cannot_run(
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert call("train", TRAIN, "--dry-run") == ExitCode.CONFIG
     assert "with these sizes the number of ranks may be 1, 2, 4" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    manifest = tmp_path / "manifest.json"
+    manifest.touch()
+    arguments = ("train", TRAIN, f"data.manifest={manifest}", "--dry-run")
+    assert call(*arguments, f"run_dir={tmp_path}") == ExitCode.CONFIG
+    assert f"run_dir = {tmp_path}: not a run's folder: it holds manifest.json" in capsys.readouterr().err
 
 
 # Other commands hand over what they were given ------------------------------------------------------------------------
