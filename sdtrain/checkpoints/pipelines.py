@@ -188,10 +188,16 @@ def load_pipeline(folder: Path) -> LoadedPipeline:
     facts = _read_optional(folder / FACTS)
     network = _part(folder, *_DENOISER_PARTS)
     denoiser = read_denoiser(network)
+    autoencoder = load_autoencoder(str(_part(folder, *_AUTOENCODER_PARTS)))
+    if denoiser.out_channels != autoencoder.latent_channels:
+        raise ConfigError(
+            f"{network}: predicts {denoiser.out_channels} channels, the autoencoder's latents have "
+            f"{autoencoder.latent_channels}; networks that also predict variances, with twice as many, are not sampled"
+        )
     tokenizer = _load_tokenizer(folder) if (folder / "text_encoder").is_dir() else None
     pipeline = LoadedPipeline(
         denoiser=denoiser,
-        autoencoder=load_autoencoder(str(_part(folder, *_AUTOENCODER_PARTS))),
+        autoencoder=autoencoder,
         conditioner=NoConditioner() if tokenizer is None else _load_conditioner(folder, tokenizer),
         tokenizer=tokenizer,
         process=read_process(_part(folder, "scheduler") / "scheduler_config.json"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from sdtrain.denoisers.dit import PRESETS, DiT
 from sdtrain.errors import ConfigError
 from sdtrain.records import Conditioning
+from sdtrain.tasks.parts import count_flops
 
 SMALL: dict[str, Any] = {
     "in_channels": 4,
@@ -76,6 +77,24 @@ def test_every_preset_is_counted() -> None:
 def test_sizes_are_the_paper_s_with_its_variances(preset: str, millions: int) -> None:
     """Table 4 of arXiv:2212.09748, whose networks predict eight channels."""
     assert round(count(**{**PRESETS[preset], "out_channels": 8})[0] / 1e6) == millions
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "billions"),
+    [
+        ("dit_s_2", 32, 6.06),
+        ("dit_b_2", 32, 23.01),
+        ("dit_l_2", 32, 80.71),
+        ("dit_xl_2", 32, 118.64),
+        ("dit_xl_2", 64, 524.60),
+    ],
+)
+def test_the_work_is_the_paper_s(preset: str, size: int, billions: float) -> None:
+    """Tables 4 and 6 of arXiv:2212.09748 count a multiplication with its addition as one."""
+    with torch.device("meta"):
+        dit = DiT(**{**PRESETS[preset], "out_channels": 8})
+        given = (torch.empty(1, 4, size, size), torch.zeros(1, dtype=torch.int64), Conditioning())
+    assert count_flops(dit, *given) / 2e9 == pytest.approx(billions, rel=2e-3)
 
 
 @pytest.mark.parametrize("preset", ["dit_xl_2", "dit_large", "dit_celeba_hq"])

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from sdtrain.checkpoints.recut import Layout, spans, tensor_name
 from sdtrain.config.load import load_training
 from sdtrain.data.manifest import Manifest, describe_shard, read_fields, write_manifest
 from sdtrain.data.shard import ShardWriter
+from sdtrain.denoisers.dit import DiT
+from sdtrain.denoisers.load import save_denoiser
 from sdtrain.diffusion.process import DiffusionProcess
 from sdtrain.errors import CheckpointError, ConfigError
 from sdtrain.export import diffusers
@@ -367,6 +370,21 @@ def test_incomplete_pipelines_are_named(tmp_path):
     (output / "unet").rename(output / "network")
     with pytest.raises(ConfigError, match=r"holds no unet/ or transformer/; the pipeline is not complete"):
         load_pipeline(output)
+
+
+def test_a_pipeline_whose_denoiser_predicts_variances_is_refused(tmp_path):
+    output = export(run_of(tmp_path, text=False), tmp_path / "pipeline")
+    shape = {"in_channels": 4, "width": 16, "num_layers": 1, "num_heads": 2, "sample_size": 8}
+    shutil.rmtree(output / "unet")
+    save_denoiser(DiT(**shape, out_channels=4), output / "transformer")
+    assert isinstance(load_pipeline(output).denoiser, DiT)
+    save_denoiser(DiT(**shape, out_channels=8), output / "transformer")
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(output)
+    assert str(error.value) == (
+        f"{output / 'transformer'}: predicts 8 channels, the autoencoder's latents have 4; networks that also predict "
+        "variances, with twice as many, are not sampled"
+    )
 
 
 def test_a_pipeline_without_a_size_is_named(tmp_path):
