@@ -121,7 +121,7 @@ def forecast(config: IngestionConfig) -> Forecast:
     identify = TextIdentity(config.dedup.by, config.dedup.exclude)
     listed = read_excluded_urls(config.dedup.exclude)
     for sample, bound in zip(samples, rules, strict=True):
-        for batch in sample.table.batches():
+        for batch in sample.table.batches() if sample.table.rows else ():
             tally.add(batch, bound, identify, listed)
     if not tally.rows:
         raise DataError(f"{_folder(config)}: no row was sampled; raise plan.sample or plan.min_sample_rows")
@@ -304,9 +304,11 @@ def _scaled(part: npt.NDArray[np.int64], whole: npt.NDArray[np.int64], rows: int
         whole: Rows of each group.
         rows: Rows of all tables that groups were sampled from.
     """
-    share = part.sum() / whole.sum()
+    count = int(whole.sum())
+    share = int(part.sum()) / count
     residuals = part - share * whole
-    error = math.sqrt(GROUPS / (GROUPS - 1) * float(residuals @ residuals)) / whole.sum()
+    error = math.sqrt(GROUPS / (GROUPS - 1) * float(residuals @ residuals)) / count
+    error *= math.sqrt(max(1 - count / rows, 0))  # a sample of all rows has none
     return round(share * rows), round(_CONFIDENCE * error * rows)
 
 

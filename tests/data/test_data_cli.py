@@ -59,7 +59,7 @@ def call(*arguments: object) -> int:
     return int(caught.value.code or 0)
 
 
-@pytest.mark.parametrize("command", ["run", "status", "serve-digits"])
+@pytest.mark.parametrize("command", ["run", "plan", "status", "serve-digits"])
 def test_every_help_has_an_example(command, capsys):
     assert call(command, "--help") == 0
     assert f"Example: sdtrain-data {command} " in capsys.readouterr().out
@@ -138,6 +138,25 @@ def test_an_absent_column_and_a_cut_file_are_clear_lines_and_exit_code_3(page, c
     error = capsys.readouterr().err
     assert "00000: " in error and "filter.max_pwatermark needs a column pwatermark; columns present: URL, TEXT" in error
     assert "Traceback" not in error and error.startswith("sdtrain-data: stage filter: 1 of 3 units failed\n")
+
+
+def test_a_plan_says_what_a_run_would_do(page, capsys, tmp_path):
+    assert call("plan", page, "plan.link_success=0.5", "filter.min_aesthetic=5.0") == 0
+    printed = capsys.readouterr()
+    assert "forecast of the survival funnel, from 400 sampled rows" in printed.out and "duplicates" in printed.out
+    assert "assumes: 50 % of the links still give a picture (plan.link_success)\n" in printed.out
+    assert call("plan", page, "plan.link_success=0.5", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    kept = found["funnel"][-1]["left"]
+    assert found["rows_in"] == 400 and found["images"] == round(kept / 2)
+    assert found == json.loads((tmp_path / "out/00-plan/forecast.json").read_text())
+    assert call("run", page, "--until", "dedup") == 0
+    assert json.loads((tmp_path / "out/03-dedup-pick/duplicates.json").read_text())["rows_out"] == kept
+    path = tmp_path / "world/metadata/part-00000.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["pwatermark"]), path)
+    assert call("plan", page) == 3
+    error = capsys.readouterr().err
+    assert "sdtrain-data: 1 of 3 tables do not fit the filter:\n" in error and "Traceback" not in error
 
 
 def test_an_interrupt_is_one_line(page, capsys, monkeypatch):
