@@ -50,7 +50,7 @@ def refuse_unsupported(precision: Precision) -> None:
     """
     from deepspeed.accelerator import get_accelerator
 
-    here = get_accelerator()
+    here: Any = get_accelerator()
     if DTYPES[precision] not in here.supported_dtypes():
         fit = ", ".join(name for name, dtype in DTYPES.items() if dtype in here.supported_dtypes())
         raise ConfigError(
