@@ -181,7 +181,7 @@ class PatchEmbedding(nn.Module):
         rows, columns = features.shape[2:]
         places = self.pos_embed
         if (rows, columns) != (self.base, self.base):
-            places = grid_embedding(rows, columns, channels=features.shape[1], base=self.base).to(places)
+            places = grid_embedding(rows, columns, channels=features.shape[1], base=self.base, device=places.device)
         tokens = features.flatten(2).transpose(1, 2) + places  # in float32, as the places stay in any precision
         return tokens.to(features.dtype), (rows, columns)
 

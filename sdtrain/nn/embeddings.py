@@ -57,7 +57,9 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoids.to(self.linear_1.weight.dtype))))
 
 
-def grid_embedding(height: int, width: int, *, channels: int, base: int) -> Float[Tensor, "cells channels"]:
+def grid_embedding(
+    height: int, width: int, *, channels: int, base: int, device: torch.device | None = None
+) -> Float[Tensor, "cells channels"]:
     """Sines and cosines of every cell's column, then of its row, in float32, row by row.
 
     Args:
@@ -65,14 +67,16 @@ def grid_embedding(height: int, width: int, *, channels: int, base: int) -> Floa
         width: Columns of the grid.
         channels: Width of the embedding; a multiple of 4.
         base: Cells along either side of the grid whose cells are 1 apart; other grids are stretched over its extent.
+        device: Where it is computed.
 
     Source: Dosovitskiy et al. 2021, arXiv:2010.11929, appendix D.4, in the fixed 2-D form of He et al. 2022,
         arXiv:2111.06377; the stretching is diffusers'.
     """
-    frequencies = 10000.0 ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))
+    quarter = channels // 4
+    frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
 
     def along(length: int) -> Tensor:
-        places = torch.arange(length, dtype=torch.float32) / (length / base)
+        places = torch.arange(length, dtype=torch.float32, device=device) / (length / base)
         angles = places.double()[:, None] * frequencies  # (length, channels / 4)
         return torch.cat([angles.sin(), angles.cos()], dim=1)  # (length, channels / 2)
 
