@@ -368,10 +368,10 @@ def test_the_fp16_loss_scale_is_part_of_the_state(any_precision: str) -> None:
 
     def go(engine: Engine, steps: range) -> list[tuple[float, float]]:
         results = [update(engine, step, factor=1e30 if step in (1, 2, 4) else 0.1) for step in steps]
-        return [(float(result.gradient_norm), engine.loss_scale) for result in results]
+        return [(float(result.gradient_norm), result.loss_scale) for result in results]
 
     whole, again = engine_with_short_window(), engine_with_short_window(seed=9)
-    go(whole, range(6))
+    assert [scale for _, scale in go(whole, range(6))] == [2.0**16] * 3 + [2.0**15] * 2 + [2.0**14]
     state = whole.scaler_state()
     assert whole.applied_steps == 3, "an overflow is no step"
     assert state == {"cur_scale": 2.0**14, "cur_iter": 6.0, "last_overflow_iter": 4.0, "cur_hysteresis": 1.0}
