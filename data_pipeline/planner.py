@@ -26,7 +26,7 @@ from data_pipeline.build import filter_settings
 from data_pipeline.costs import Rows, StageCost, costs_of
 from data_pipeline.sources.laion import Columns, Table
 from data_pipeline.stage import Stage, numbered_files
-from data_pipeline.stages.filter import FilterSettings, Rule, failures, rules_for, verdicts
+from data_pipeline.stages.filter import FilterSettings, Rule, failures, judge, rules_for
 from data_pipeline.stages.identity import ExcludedUrls, TextIdentity, Words, mixed, read_excluded_urls
 from data_pipeline.stages.metadata import MetadataStage, read_card
 from data_pipeline.stages.percentiles import value_at_percentile
@@ -239,9 +239,8 @@ class _Tally:
 
     def add(self, batch: pa.RecordBatch, rules: Sequence[Rule], identify: TextIdentity, listed: ExcludedUrls) -> None:
         """Judge some rows and identify those that pass."""
-        failed = failures(batch, rules)
-        verdict = verdicts(failed)
-        self._failed += [int(mask.sum()) for mask in failed]
+        verdict = judge(batch, rules)
+        self._failed += [int(failed.sum()) for failed in failures(batch, rules)]
         everyone = TextIdentity("url").of_batch(batch, read_excluded_urls(()))
         group = (everyone.place >> np.uint64(60)).astype(np.int64)
         np.add.at(self._verdicts, (group, verdict), 1)

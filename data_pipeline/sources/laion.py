@@ -46,6 +46,7 @@ ALIASES: Mapping[str, tuple[Kind, tuple[str, ...]]] = {
 
 REQUIRED = ("url", "caption")
 BATCH_ROWS = 65_536
+_REPEATED = ("nsfw", "rejected_by", "split")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +138,9 @@ class TableWriter:
 
     def _flush(self) -> None:
         table = pa.Table.from_batches(self._gathered)
-        if self._writer is None:  # URLs and captions are all different: trying a dictionary on them costs half the time
-            names: Any = [name for name in table.schema.names if name not in ("url", "caption")]
-            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd", use_dictionary=names)
+        if self._writer is None:  # trying a dictionary on values that are all different costs half the time
+            repeated: Any = [name for name in table.schema.names if name in _REPEATED]
+            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd", use_dictionary=repeated)
         self._writer.write_table(table, row_group_size=self._row_group)
         self._gathered, self._rows = [], 0
 

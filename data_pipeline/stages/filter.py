@@ -291,20 +291,29 @@ def _range_words(unit: str, low: float | None, high: float | None) -> str:
 
 def failures(batch: pa.RecordBatch, rules: Sequence[Rule]) -> list[npt.NDArray[np.bool_]]:
     """For each rule which rows fail it, whatever the rules before it say."""
-    return [~rule.passes(batch).to_numpy(zero_copy_only=False) for rule in rules]
-
-
-def verdicts(failed: Sequence[npt.NDArray[np.bool_]]) -> npt.NDArray[np.uint8]:
-    """For each row the place of the first rule that rejects it, counted from 1; 0 passes."""
-    verdict = np.zeros(len(failed[0]), np.uint8)
-    for place, mask in reversed(list(enumerate(failed, 1))):
-        verdict[mask] = place
-    return verdict
+    return [~_passes(batch, rule) for rule in rules]
 
 
 def judge(batch: pa.RecordBatch, rules: Sequence[Rule]) -> npt.NDArray[np.uint8]:
-    """The verdict on each row of a batch."""
-    return verdicts(failures(batch, rules))
+    """For each row the place of the first rule that rejects it, counted from 1; 0 passes.
+
+    Captions are measured only where every rule before them was passed: they cost more than all numbers together.
+    """
+    verdict = np.zeros(batch.num_rows, np.uint8)
+    for place, rule in enumerate(rules, 1):
+        alive = verdict == 0
+        if rule.name == "caption":
+            rows = np.flatnonzero(alive)
+            failed = np.zeros(len(alive), bool)
+            failed[rows] = ~_passes(batch.select(list(rule.columns)).take(pa.array(rows)), rule)
+        else:
+            failed = alive & ~_passes(batch, rule)
+        verdict += failed.view(np.uint8) * np.uint8(place)
+    return verdict
+
+
+def _passes(batch: pa.RecordBatch, rule: Rule) -> npt.NDArray[np.bool_]:
+    return rule.passes(batch).to_numpy(zero_copy_only=False)
 
 
 def apply_rules(batch: pa.RecordBatch, rules: Sequence[Rule]) -> tuple[pa.RecordBatch, dict[str, int]]:
