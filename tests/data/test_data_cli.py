@@ -21,7 +21,7 @@ from data_pipeline.sources.digits import World, make_world
 from data_pipeline.sources.digits_server import DigitsServer
 from sdtrain.autoencoders.kl import AutoencoderKL
 from sdtrain.autoencoders.load import save_autoencoder
-from sdtrain.data.manifest import Manifest
+from sdtrain.data.manifest import Manifest, verify
 
 PAGE = """# sdtrain-data run {path}
 schema_version: 1
@@ -140,6 +140,26 @@ def test_an_absent_column_and_a_cut_file_are_clear_lines_and_exit_code_3(page, c
     assert "Traceback" not in error and error.startswith("sdtrain-data: stage filter: 1 of 3 units failed\n")
 
 
+def test_a_table_damaged_in_the_middle_costs_nothing_of_the_others(page, capsys, tmp_path):
+    path = tmp_path / "world/metadata/part-00001.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:400] + bytes(400) + whole[800:])
+    assert call("run", page, "metadata", "filter") == 3
+    error = capsys.readouterr().err
+    assert error.startswith("sdtrain-data: stage filter: 1 of 3 units failed\n  00001: ") and "Traceback" not in error
+    assert "part-00001.parquet: damaged inside, in row group 0 of 1 (rows 0 to " in error
+    assert sorted(file.name for file in (tmp_path / "out/02-filter").glob("*.parquet")) == [
+        "00000.parquet",
+        "00002.parquet",
+    ]
+    path.write_bytes(whole)
+    assert call("run", page, "metadata", "filter") == 0
+    printed = capsys.readouterr().out
+    assert "filter: 2 of 3 up to date; 1 new" in printed and not json.loads(
+        (tmp_path / "out/dead_letter.json").read_text()
+    )
+
+
 def test_a_plan_says_what_a_run_would_do(page, capsys, tmp_path):
     assert call("plan", page, "plan.link_success=0.5", "filter.min_aesthetic=5.0") == 0
     printed = capsys.readouterr()
@@ -216,7 +236,7 @@ def test_the_whole_way_from_links_to_latents_on_real_ray(tmp_path, capfd):
     metadata = make_world(tmp_path / "world", seed=0, rows=400, image_size=64, port=port)
     path, out = tmp_path / "data.yaml", tmp_path / "out"
     text = PAGE.format(path=path, output=out, metadata=metadata) + ENCODED.format(autoencoder=tmp_path / "autoencoder")
-    limits = f"threads: 4, timeout_seconds: 5, total_timeout_seconds: 9, allow_loopback: true, allowed_ports: [{port}]"
+    limits = f"threads: 4, timeout_seconds: 3, total_timeout_seconds: 4, allow_loopback: true, allowed_ports: [{port}]"
     path.write_text(text.replace("contact:", f"{limits}, contact:"))
     world = World.load(tmp_path / "world")
     with DigitsServer(world, port):
@@ -234,10 +254,15 @@ def test_the_whole_way_from_links_to_latents_on_real_ray(tmp_path, capfd):
     for split in ("train", "validation"):
         assert latents.num_samples(split) == images.num_samples(split) > 0
     assert latents.num_samples("train") + latents.num_samples("validation") == world.kinds["good"]
-    assert latents.field_shapes["moments.npy"] == (8, 32, 32) and latents.field_shapes["tokens.npy"] == (77,)
-    assert {"transform", "tokenizer", "autoencoder"} <= set(latents.fingerprint)
+    for manifest in (images, latents):
+        verify(manifest, deep=True)
+    assert images.field_shapes == {"jpg": (3, 64, 64)}
+    assert latents.field_shapes == {"moments.npy": (8, 32, 32), "tokens.npy": (77,)}
+    assert sorted(latents.fingerprint) == ["autoencoder", "tokenizer", "transform"]
     before = (out / "manifest.json").read_bytes()
     capfd.readouterr()
     assert call("run", path) == 0
-    printed = capfd.readouterr().out
-    assert "encode: 4 of 4 up to date" in printed and (out / "manifest.json").read_bytes() == before
+    plans = [line for line in capfd.readouterr().out.splitlines() if "up to date" in line]
+    assert len(plans) == len(list(out.glob("0*"))) and "encode: 4 of 4 up to date" in plans
+    assert not any("new" in plan or "changed" in plan for plan in plans)
+    assert (out / "manifest.json").read_bytes() == before

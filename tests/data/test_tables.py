@@ -172,6 +172,7 @@ def test_a_hugging_face_repository_is_listed_and_read(tmp_path):
         *("hf://datasets/laion/table", "hf://datasets/laion/table@main/data/*.parquet"),
         *("hf://datasets/laion/gated", "hf://datasets/laion/lies/part-0.parquet"),
         *("hf://datasets/laion/none", "hf://datasets/laion/table@v9"),
+        f"{hub.endpoint}/datasets/laion/table/resolve/main/part-0.parquet",
     ]
     with hub:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -179,7 +180,7 @@ def test_a_hugging_face_repository_is_listed_and_read(tmp_path):
         command = [sys.executable, "-c", HUB_SCRIPT, str(tmp_path), *places]
         found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    listed, globbed, gated, lies, none, revision = json.loads(found.stdout)
+    listed, globbed, gated, lies, none, revision, plain = json.loads(found.stdout)
     assert [row[:2] for row in listed] == [["hf://datasets/laion/table/part-0.parquet", len(small)]]
     assert [row[:2] for row in globbed] == [["hf://datasets/laion/table@main/data/part-1.parquet", len(large)]]
     assert len(listed[0][2]) == 64, "the hub's digest, which the copy was checked against"
@@ -187,4 +188,5 @@ def test_a_hugging_face_repository_is_listed_and_read(tmp_path):
     assert "arrived" in lies and "the file was replaced meanwhile, or damaged on its way" in lies
     assert "not there" in none and "repository not found" in none
     assert "not there" in revision and "revision not found" in revision
+    assert plain == [[places[-1], len(small), ""]], "any web server will do"
     assert len(large) > 8 << 20 and hub.requests["/datasets/laion/table/resolve/main/data/part-1.parquet"] > 1
