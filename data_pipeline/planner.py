@@ -184,9 +184,9 @@ def _cuts(samples: Sequence[_Sample], settings: FilterSettings) -> dict[str, flo
         for sample in samples:
             if column in sample.table.columns.chosen:
                 values = pq.read_table(sample.table.path, columns=[column])[column].drop_null()
-                parts.append(np.sort(values.to_numpy()))
-        value = value_at_percentile(parts, settings.percentiles[family])
-        cuts[column] = 0.0 if value is None else value
+                found = values.to_numpy()
+                parts.append(np.sort(found[np.isfinite(found)]))
+        cuts[column] = value_at_percentile(parts, settings.percentiles[family], column)
     return cuts
 
 

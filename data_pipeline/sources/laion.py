@@ -113,7 +113,7 @@ class Table:
 
 
 class TableWriter:
-    """Context manager that writes batches as a parquet file with row groups of useful size.
+    """Context manager that writes batches, one at least, as a parquet file with row groups of useful size.
 
     Small batches are gathered first: a filter leaves few rows of each, and a row group for each would be slow to read.
 
@@ -148,7 +148,7 @@ class TableWriter:
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
-        if exc_type is None and (self._gathered or self._writer is None):
+        if exc_type is None and self._gathered:
             self._flush()
         if self._writer is not None:
             self._writer.close()

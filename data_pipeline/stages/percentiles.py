@@ -2,7 +2,7 @@
 
 Each table's values are sorted once; the value at a rank is then found by bisection over the sorted files, which stay on
 disk. The result is exact and the same for any number of files, workers or orders of work: percentile p of n values is
-the one with floor(n * p / 100) values before it in sorted order. Absent values do not count.
+the one with floor(n * p / 100) values before it in sorted order. Absent and infinite values do not count.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ class PercentilesStage:
             parts: dict[str, list[npt.NDArray[Any]]] = {column: [] for column in self.columns}
             for batch in table.batches(self.columns):
                 for column in self.columns:
-                    parts[column].append(batch[column].drop_null().to_numpy(zero_copy_only=False))
-            for column, values in parts.items():
-                np.save(folder / f"{unit.name}.{column}.npy", np.sort(np.concatenate(values)), allow_pickle=False)
-            return {column: sum(map(len, values)) for column, values in parts.items()}
+                    values = batch[column].drop_null().to_numpy(zero_copy_only=False)
+                    parts[column].append(values[np.isfinite(values)])
+            for column, found in parts.items():
+                np.save(folder / f"{unit.name}.{column}.npy", np.sort(np.concatenate(found)), allow_pickle=False)
+            return {column: sum(map(len, found)) for column, found in parts.items()}
 
         return work
 
@@ -92,26 +93,24 @@ def read_cuts(folder: Path, percents: Mapping[str, float], columns: Mapping[str,
 
 def _at_percentile(folder: Path, column: str, percent: float) -> float:
     paths = sorted(folder.glob(f"*.{column}.npy"))
-    value = value_at_percentile([np.load(path, mmap_mode="r", allow_pickle=False) for path in paths], percent)
-    if value is None:
-        raise DataError(f"filter.percentiles: no row has a {column}; switch this percentile off with null")
-    return value
+    return value_at_percentile([np.load(path, mmap_mode="r", allow_pickle=False) for path in paths], percent, column)
 
 
-def value_at_percentile(parts: Sequence[npt.NDArray[Any]], percent: float) -> float | None:
+def value_at_percentile(parts: Sequence[npt.NDArray[Any]], percent: float, column: str) -> float:
     """The value with floor(n * percent / 100) of the n values before it; the greatest one for 100.
 
     Args:
-        parts: Ascending values, without NaN.
+        parts: Ascending values, all finite.
         percent: In [0, 100].
+        column: What messages call them.
 
-    Returns:
-        None where there is no value.
+    Raises:
+        DataError: There is no value.
     """
     filled = [part for part in parts if len(part)]
     count = sum(map(len, filled))
     if not count:
-        return None
+        raise DataError(f"filter.percentiles: no row has a value of {column}; switch this percentile off with null")
     rank = min(math.floor(count * percent / 100), count - 1)
     low, high = min(float(part[0]) for part in filled), max(float(part[-1]) for part in filled)
     while low < high:  # the least value with more than `rank` values up to it
@@ -133,5 +132,5 @@ def _count_up_to(part: npt.NDArray[Any], value: float) -> int:
 
 def _between(low: float, high: float) -> float:
     """Halfway, and never `high` itself."""
-    middle = low + (high - low) / 2
+    middle = low / 2 + high / 2
     return middle if middle < high else low

@@ -307,7 +307,8 @@ def passed_urls(out: Path) -> list[str]:
 
 def test_percentiles_are_exact_over_all_files_however_the_rows_are_spread(tmp_path):
     scores = np.random.default_rng(0).normal(6, 1, 400).astype(np.float32)
-    rows: list[dict[str, Any]] = [{"score": float(score)} for score in scores] + [{"score": None}]
+    rows: list[dict[str, Any]] = [{"score": float(score)} for score in scores]
+    rows += [{"score": None}, {"score": -math.inf}]
     settings = replace(PUBLISHED, min_aesthetic=None, percentiles={"aesthetic": 70.0, "pwatermark": 100.0})
     expected = np.sort(scores)[280]  # 70 % of 400 values lie below it
     for name, files in {"one": [rows], "three": [rows[300:], rows[:10], rows[10:300]]}.items():
@@ -317,7 +318,7 @@ def test_percentiles_are_exact_over_all_files_however_the_rows_are_spread(tmp_pa
         page = json.loads((tmp_path / name / "out/02-filter/funnel.json").read_text())
         lines = {row["rule"]: row for row in page["rules"]}
         assert lines["aesthetic_percentile"]["setting"] == f">= percentile 70 = {expected:g}"
-        assert lines["aesthetic_percentile"]["rejected"] == 281 and lines["pwatermark_percentile"]["rejected"] == 0
+        assert lines["aesthetic_percentile"]["rejected"] == 282 and lines["pwatermark_percentile"]["rejected"] == 0
         assert page["rows_out"] == len(passed_urls(tmp_path / name / "out")) == (scores >= expected).sum() == 120
     assert [stage.name for stage in stages] == ["metadata", "filter-percentiles", "filter"]
 
@@ -330,14 +331,14 @@ def test_the_value_at_a_percentile_is_that_of_a_sort(dtype, percent):
     values[200:205] = 0
     parts = [np.sort(part) for part in np.split(values, [0, 1, 300, 310])]
     expected = np.sort(values)[min(int(1000 * percent / 100), 999)]
-    assert value_at_percentile(parts, percent) == float(expected)
+    assert value_at_percentile(parts, percent, "score") == float(expected)
 
 
 def test_percentiles_without_a_column_or_a_value_are_errors(tmp_path):
     settings = replace(PUBLISHED, min_aesthetic=None, percentiles={"aesthetic": 50.0})
     (tmp_path / "none").mkdir()
     stages = stages_over(tmp_path / "none", [[{"score": None}]], settings)
-    with pytest.raises(DataError, match=r"filter\.percentiles: no row has a aesthetic_v2; switch this percentile off"):
+    with pytest.raises(DataError, match=r"filter\.percentiles: no row has a value of aesthetic_v2; switch this perc"):
         Runner(output=tmp_path / "none/out", executor=InlineExecutor()).run(stages)
     stages = stages_over(tmp_path, [[{}]], replace(settings, aesthetic_scale="v1", percentiles={"similarity": 1.0}))
     path = tmp_path / "source/0.parquet"

@@ -146,6 +146,12 @@ def test_tables_that_do_not_fit_the_filter_are_told_all_at_once(tmp_path):
         plan(page(tables, tmp_path / "out"))
 
 
+def test_a_percentile_of_nothing_is_refused_as_by_the_run(tmp_path):
+    tables = v2_table(tmp_path / "tables", similarity=pa.nulls(10, pa.float64()))
+    with pytest.raises(DataError, match=r"filter\.percentiles: no row has a value of similarity; switch this"):
+        plan(page(tables, tmp_path / "out", filter={"percentiles": {"similarity": 30}}))
+
+
 def test_a_small_sample_and_a_small_or_empty_rest_are_told(tables, tmp_path):
     found = plan(page(tables, tmp_path / "coarse", plan={"sample": 0.0005, "min_sample_rows": 0}))
     assert "the number of rows left is known to" in found.warnings[-1] and "set plan.sample or" in found.warnings[-1]
