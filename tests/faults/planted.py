@@ -1,11 +1,17 @@
-"""Errors that one rank comes across: planted before it starts, each at the real call that would meet it."""
+"""Errors that one rank comes across: planted before it starts, each at the real call that would meet it.
+
+python tests/faults/planted.py RANK PLACE CALLS train page.yaml
+"""
 
 from __future__ import annotations
 
 import errno
 import itertools
+import os
+import sys
 from typing import Any
 
+from sdtrain import cli
 from sdtrain.checkpoints import rankfile, recut
 from sdtrain.data.dataset import ShardDataset
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
@@ -40,3 +46,10 @@ def plant(place: str, calls_before: int) -> None:
         return real(*arguments, **named)
 
     setattr(owner, name, failing)
+
+
+if __name__ == "__main__":
+    victim, where, calls, *command = sys.argv[1:]
+    if os.environ["RANK"] == victim:
+        plant(where, int(calls))
+    cli.main(command)
