@@ -140,7 +140,7 @@ def crash_code(ended: Ended) -> ExitCode:
 def describe(found: Exit | None, ended: Ended, log_dir: Path) -> str:
     """One sentence on how an attempt ended, for people."""
     if found is not None and found.is_refusal:
-        return f"the start was refused with code {found.code}, and {log_dir.parent} is as it was: {found.reason}"
+        return f"the start was refused with code {found.code}, nothing but {log_dir} was touched: {found.reason}"
     if found is not None:
         return f"attempt {found.attempt} ended with code {found.code} at step {found.step}: {found.reason}"
     if ended.killed_rank is not None:

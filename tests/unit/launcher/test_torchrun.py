@@ -149,7 +149,7 @@ def test_crash_codes_and_words():
     assert describe(found, by_exception, Path("r")) == "attempt a1 ended with code 5 at step 40: loss is not finite"
     found = Exit(2, "another page", REFUSED_STEP, 0, "a1")
     assert describe(found, by_exception, Path("r/logs")) == (
-        "the start was refused with code 2, and r is as it was: another page"
+        "the start was refused with code 2, nothing but r/logs was touched: another page"
     )
 
 
@@ -200,7 +200,7 @@ def test_a_refusal_has_its_code_and_touches_no_word(tmp_path, without_torchrun, 
     assert job.run() == ExitCode.STORAGE
     assert len(resumes(job.run_dir)) == 1
     assert job.run_dir.exit_file.stat().st_mtime_ns == before
-    assert f"refused with code 8, and {job.run_dir.path} is as it was: no room" in capfd.readouterr().err
+    assert f"refused with code 8, nothing but {job.log_dir} was touched: no room" in capfd.readouterr().err
 
 
 def test_return_code_zero_without_a_word_is_a_crash(tmp_path, without_torchrun, capfd):
