@@ -131,6 +131,9 @@ def test_a_skipped_step_moves_no_counter(page: Path, run: RunDir, monkeypatch: p
     assert decays == [pytest.approx((1 + n) / (10 + n)) for n in (1, 2, 3)]
     manifest = Checkpoint.open(run.checkpoints / "step-00000004").manifest
     assert (manifest["step"], manifest["applied_steps"], manifest["samples_seen"]) == (4, {"denoiser": 3}, 32)
+    known = manifest["health"]["denoiser"]
+    assert known["losses"] == pytest.approx([row["train/loss"] for row in metrics if row["step"] != 2])
+    assert (known["skipped"], known["row"]) == ([[1, "loss not finite"]], [])
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> None:
@@ -298,6 +301,8 @@ def test_files_ask_for_a_save_and_for_a_stop(page: Path, run: RunDir) -> None:
     assert commits == ["step-00000001", "step-00000002", "step-00000004"]
     rows = [(row["step"], row["train/steps_covered"]) for row in read_metrics(run.metrics)]
     assert rows == [(1, 1), (2, 1), (4, 2)], "every step in one row, which ends where a checkpoint or the run does"
+    manifest = Checkpoint.open(run.checkpoints / "step-00000004").manifest
+    assert len(manifest["health"]["denoiser"]["losses"]) == 4, "that of the step before the stop too"
 
 
 # How it breaks --------------------------------------------------------------------------------------------------------
