@@ -107,13 +107,15 @@ def _captions(row: npt.NDArray[np.uint64]) -> pa.Array:
 
 
 def write_table(folder: Path, total: int, files: int = 8) -> list[Path]:
-    """Write the table once; a folder that holds all its files is taken as it is."""
+    """Write the table once; a folder that holds all its files, and no others, is taken as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"part-{index:05d}.parquet" for index in range(files)]
     bounds = [total * index // files for index in range(files + 1)]
     for path, start, end in zip(paths, bounds[:-1], bounds[1:], strict=True):
         if not path.exists():
             _write_file(path, start, end, total)
+        assert pq.read_metadata(path).num_rows == end - start, f"{path} is of another table; give an empty folder"
+    assert sorted(folder.glob("*.parquet")) == paths, f"{folder} holds other tables; give an empty folder"
     return paths
 
 

@@ -377,7 +377,9 @@ class PartsStage:
             table = pa.concat_tables(
                 [table.replace_schema_metadata() for table in tables], promote_options="permissive"
             )
-            pq.write_table(table, folder / f"{unit.name}.parquet", compression="zstd")
+            with TableWriter(folder / f"{unit.name}.parquet") as writer:
+                for batch in table.to_batches():
+                    writer.add(batch)
             return {"rows": table.num_rows, "split": unit.facts["split"]}
 
         return work
