@@ -77,7 +77,7 @@ def test_one_of_two_ranks_killed_or_failing_beside_training(tmp_path: Path) -> N
 # Whole runs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 def test_saving_beside_training_leaves_the_same_bits_and_says_what_it_cost(tmp_path: Path) -> None:
     manifest = make_latent_manifest(tmp_path / "data", train=40, validation=8)
     runs: dict[bool, RunDir] = {}

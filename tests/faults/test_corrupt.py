@@ -20,7 +20,7 @@ from sdtrain.training.metrics import read_metrics
 from tests.engines import one_rank, sdtrain
 from tests.support import make_latent_manifest, tiny_page
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.engine
 
 STATE = "denoiser.rank00000.safetensors"
 

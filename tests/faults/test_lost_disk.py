@@ -16,7 +16,7 @@ from sdtrain.run_dir import RunDir
 from tests.engines import one_rank, sdtrain
 from tests.support import make_latent_manifest, tiny_page
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from sdtrain.training.preemption import Preemption
 from tests.engines import one_rank, sdtrain
 from tests.support import make_latent_manifest, tiny_page, torchrun
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.engine
 
 STEPS = 4
 EVENTS: dict[str, Any] = {

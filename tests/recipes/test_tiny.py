@@ -29,7 +29,7 @@ from sdtrain.run_dir import RunDir
 from sdtrain.training.metrics import MetricsLog, read_metrics
 from tests.engines import one_rank, sdtrain
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.engine
 
 PAGES = Path(__file__).parents[2] / "configs" / "sd15" / "tiny"
 STEPS = 4

@@ -137,7 +137,7 @@ def world(tmp_path: Path) -> Iterator[Path]:
         yield tmp_path
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 def test_a_real_run_in_three_attempts(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from sdtrain.training.metrics import read_metrics
 from tests.engines import one_rank, sdtrain
 from tests.support import make_latent_manifest, tiny_page
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.engine
 
 STILL = 1e-12
 """A learning rate at which a float32 weight does not move."""

@@ -71,7 +71,6 @@ def test_disabled_leaves_nothing(run: RunDir) -> None:
     assert not run.path.exists()
 
 
-@pytest.mark.heavy
 def test_three_attempts_offline_make_one_history_without_gaps_or_replayed_steps(run: RunDir) -> None:
     """The first attempt gets to 30 and dies, the second goes on from 20 and loses its last rows to a kill."""
     grid = run.path / "grid.png"
@@ -140,7 +139,6 @@ def test_three_attempts_offline_make_one_history_without_gaps_or_replayed_steps(
     assert exits == [1, 85, 0]
 
 
-@pytest.mark.heavy
 def test_an_unreachable_server_means_offline(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
