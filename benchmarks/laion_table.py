@@ -106,7 +106,7 @@ def _captions(row: npt.NDArray[np.uint64]) -> pa.Array:
     return pc.if_else(pa.array(uniform(row, 40) < 0.001), pa.scalar(None, pa.string()), text)
 
 
-def write_table(folder: Path, total: int, files: int = 8) -> list[Path]:
+def write_table(folder: Path, total: int, files: int = 4) -> list[Path]:
     """Write the table once; a folder that holds all its files, and no others, is taken as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"part-{index:05d}.parquet" for index in range(files)]
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--files", type=int, default=8)
+    parser.add_argument("--files", type=int, default=4)
     arguments = parser.parse_args()
     write_table(arguments.folder, arguments.rows, arguments.files)
 

@@ -97,11 +97,15 @@ class Table:
             _check_type(file.schema_arrow.field(theirs).type, ours, theirs, source)
         return cls(path, source, file.metadata.num_rows, columns)
 
-    def batches(self, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    def batches(self, names: Sequence[str] | None = None, *, check_text: bool = True) -> Iterator[pa.RecordBatch]:
         """Its rows as batches of our columns, or of some of them, in its order.
 
-        Text becomes `string` (checked UTF-8), sizes `int64`; scores keep the precision that they were published in, so
-        that a threshold means the same number there. NaN scores and sizes become null.
+        Text becomes `string`, sizes `int64`; scores keep the precision that they were published in, so that a threshold
+        means the same number there. NaN scores and sizes become null.
+
+        Args:
+            names: Our columns that are wanted; None takes all.
+            check_text: Make sure that text is UTF-8; without, the caller does so for the rows that it keeps.
 
         Raises:
             DataError: The file is damaged inside, or a value is not of its column's kind.
@@ -109,7 +113,29 @@ class Table:
         chosen = {ours: theirs for ours, theirs in self.columns.chosen.items() if names is None or ours in names}
         for batch in _raw_batches(_open_parquet(self.path, self.source), list(chosen.values()), self.source):
             arrays = [_cast(batch.column(theirs), ours, theirs, self.source) for ours, theirs in chosen.items()]
-            yield pa.record_batch(arrays, names=list(chosen))
+            ours = pa.record_batch(arrays, names=list(chosen))
+            if check_text:
+                self.check_text(ours)
+            yield ours
+
+    def check_text(self, batch: pa.RecordBatch) -> None:
+        """Make sure that the text of some rows is UTF-8.
+
+        Raises:
+            DataError: It is not.
+        """
+        for ours, theirs in self.columns.chosen.items():
+            if ours in batch.schema.names and ALIASES[ours][0] == "text":
+                try:
+                    batch[ours].validate(full=True)
+                except pa.ArrowInvalid as error:
+                    raise DataError(f"{self.source}: column {theirs} does not hold text: {_one_line(error)}") from None
+
+
+def _encodings(schema: pa.Schema) -> dict[str, Any]:
+    """What is worth its time: a dictionary where values repeat, compression of text; scores do not get smaller."""
+    compression = {field.name: "zstd" if pa.types.is_string(field.type) else "none" for field in schema}
+    return {"compression": compression, "use_dictionary": [name for name in schema.names if name in _REPEATED]}
 
 
 class TableWriter:
@@ -138,9 +164,8 @@ class TableWriter:
 
     def _flush(self) -> None:
         table = pa.Table.from_batches(self._gathered)
-        if self._writer is None:  # trying a dictionary on values that are all different costs half the time
-            repeated: Any = [name for name in table.schema.names if name in _REPEATED]
-            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd", use_dictionary=repeated)
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, table.schema, **_encodings(table.schema))
         self._writer.write_table(table, row_group_size=self._row_group)
         self._gathered, self._rows = [], 0
 
@@ -230,7 +255,7 @@ def _raw_batches(file: pq.ParquetFile, names: list[str], source: str) -> Iterato
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         try:
-            yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=names)
+            yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=names, use_threads=False)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(
                 f"{source}: damaged inside, in row group {group} of {file.num_row_groups} (rows {first:,} to "
@@ -256,9 +281,7 @@ def _cast(array: pa.Array, ours: str, theirs: str, source: str) -> pa.Array:
     kind = ALIASES[ours][0]
     try:
         if kind == "text":
-            text = array.cast(pa.string())
-            text.validate(full=True)
-            return text
+            return array.cast(pa.string())
         if pa.types.is_floating(array.type):
             array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
         if kind == "integer":

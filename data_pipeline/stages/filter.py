@@ -19,7 +19,7 @@ import pyarrow.compute
 from rich.table import Table as RichTable
 
 from data_pipeline.funnel import Funnel
-from data_pipeline.sources.laion import Columns, TableWriter
+from data_pipeline.sources.laion import Columns, Table, TableWriter
 from data_pipeline.stage import Needs, Stage, Unit, Work
 from data_pipeline.stages.metadata import read_card, table_units
 from data_pipeline.stages.percentiles import PercentilesStage, read_cuts
@@ -41,6 +41,7 @@ class Rule:
         nulls: What happens to rows whose value is absent.
         check: Batch -> bool array, null where the value is absent.
         columns: What it looks at.
+        is_costly: It is worth gathering the rows that are still in question before it is applied.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Rule:
     nulls: NullPolicy
     check: Check
     columns: tuple[str, ...]
+    is_costly: bool = False
 
     def passes(self, batch: pa.RecordBatch) -> pa.Array:
         """Which rows pass; no nulls."""
@@ -239,7 +241,8 @@ class _RuleBuilder:
         return self._rule(f"{family}_percentile", words, "nsfw" if family == "punsafe" else family, check, column)
 
     def _rule(self, name: str, setting: str, family: str, check: Check, *columns: str) -> Rule:
-        return Rule(name, setting, self.settings.nulls[family], check, columns)
+        is_costly = name in ("aspect_ratio", "caption")
+        return Rule(name, setting, self.settings.nulls[family], check, columns, is_costly)
 
 
 def _threshold(value: float, kind: pa.DataType) -> pa.Scalar:
@@ -297,12 +300,12 @@ def failures(batch: pa.RecordBatch, rules: Sequence[Rule]) -> list[npt.NDArray[n
 def judge(batch: pa.RecordBatch, rules: Sequence[Rule]) -> npt.NDArray[np.uint8]:
     """For each row the place of the first rule that rejects it, counted from 1; 0 passes.
 
-    Captions are measured only where every rule before them was passed: they cost more than all numbers together.
+    Costly rules see only the rows that passed those before them: captions cost more than all numbers together.
     """
     verdict = np.zeros(batch.num_rows, np.uint8)
     for place, rule in enumerate(rules, 1):
         alive = verdict == 0
-        if rule.name == "caption":
+        if rule.is_costly:
             rows = np.flatnonzero(alive)
             failed = np.zeros(len(alive), bool)
             failed[rows] = ~_passes(batch.select(list(rule.columns)).take(pa.array(rows)), rule)
@@ -385,9 +388,11 @@ class FilterStage:
                 dropped = TableWriter(folder / f"{unit.name}.rejected.parquet")
                 if self.settings.keep_rejected:
                     stack.enter_context(dropped)
-                for batch in table.batches():
-                    verdict = judge(batch, rules)
-                    passed.add(batch.filter(pa.array(verdict == 0)))
+                for batch in table.batches(check_text=self.settings.keep_rejected):
+                    verdict = _judge(batch, rules, table)
+                    kept = batch.filter(pa.array(verdict == 0))
+                    table.check_text(kept)
+                    passed.add(kept)
                     if self.settings.keep_rejected:
                         dropped.add(_with_reasons(batch, verdict, rules))
                     funnel = funnel.add(batch.num_rows, _rejected(verdict, rules))
@@ -400,6 +405,15 @@ class FilterStage:
         funnel = Funnel.total([Funnel.from_json(row) for row in stats])
         funnel.write(self.folder / "funnel.json")
         return funnel.table()
+
+
+def _judge(batch: pa.RecordBatch, rules: Sequence[Rule], table: Table) -> npt.NDArray[np.uint8]:
+    """The verdict on rows whose text was not checked: measuring a caption that is no UTF-8 fails."""
+    try:
+        return judge(batch, rules)
+    except pa.ArrowInvalid:
+        table.check_text(batch)
+        raise
 
 
 def _with_reasons(batch: pa.RecordBatch, verdict: npt.NDArray[np.uint8], rules: Sequence[Rule]) -> pa.RecordBatch:

@@ -370,3 +370,29 @@ def test_many_small_batches_become_few_row_groups(tmp_path):
             writer.add(table.to_batches()[0])
     groups = pq.read_metadata(tmp_path / "t.parquet")
     assert [groups.row_group(index).num_rows for index in range(groups.num_row_groups)] == [40, 40, 20]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "score", "keep_rejected", "fails"),
+    [
+        ("URL", b"http://a/\xff", 7.0, False, True),
+        ("TEXT", b"a caption of enough characters \xff", 7.0, False, True),
+        ("TEXT", b"a caption of enough characters \xff", 1.0, True, True),
+        ("TEXT", b"a caption of enough characters \xff", 1.0, False, False),
+    ],
+)
+def test_text_that_is_kept_is_utf8(tmp_path, column, value, score, keep_rejected, fails):
+    """A parquet file may call any bytes a string: only rows that another rule rejects may hold such."""
+    stages = stages_over(tmp_path, [[{}, {"score": score}]], replace(PUBLISHED, keep_rejected=keep_rejected))
+    path = tmp_path / "source/0.parquet"
+    table = pq.read_table(path)
+    good = table[column][0].as_py().encode()
+    wrong = pa.BinaryArray.from_buffers(pa.string(), 2, pa.array([good, value], pa.binary()).buffers())
+    pq.write_table(table.set_column(table.schema.get_field_index(column), column, wrong), path)
+    run = Runner(output=tmp_path / "out", executor=InlineExecutor()).run
+    if fails:
+        with pytest.raises(DataError, match=rf"0\.parquet: column {column} does not hold text: .*UTF8"):
+            run(stages)
+    else:
+        run(stages)
+        assert passed_urls(tmp_path / "out") == ["http://a/0/0"]
