@@ -134,7 +134,7 @@ class Row:
     overlap: bool = False
     checkpointing: Literal["none", "blocks"] = "none"
     oom_skip: bool = False
-    compiled: bool = False
+    compiled: Literal["no", "aot_eager", "inductor"] = "no"
     precision: Precision = "fp32"
     reduce_precision: Literal["fp32", "working"] = "fp32"
 
@@ -250,7 +250,8 @@ def prepare(modules: Modules, row: Row) -> None:
     for module in modules.values():
         if isinstance(module, UNet):
             module.set_gradient_checkpointing(row.checkpointing)
-        if row.compiled:
+        if row.compiled != "no":
+            torch.compiler.set_default_backend(row.compiled)
             assert compile_blocks(module) > 0
 
 
@@ -382,9 +383,10 @@ SHORT = [
     Row(steps=5, bucket=LARGE, oom_skip=True, **_OTHER),
     Row(steps=5, accumulation=4, bucket=LARGE, checkpointing="blocks", oom_skip=True),
     Row(steps=5, accumulation=4, overlap=True, oom_skip=True, **_OTHER),
+    Row(steps=3, overlap=True, compiled="aot_eager"),
     Row(world="autoencoder and discriminator", steps=10, accumulation=2),
 ]
-"""Of any two settings every pair of values."""
+"""Of any two settings every pair of values; and the compiler without the generation of code, which takes minutes."""
 
 
 def every(**values: tuple[Any, ...]) -> list[Row]:
@@ -399,10 +401,10 @@ LONG = [
     *every(world=("autoencoder and discriminator",), **_VALUES),
 ]
 COMPILED = [
-    Row(compiled=True, overlap=True),
-    Row(compiled=True, accumulation=4, oom_skip=True, **_OTHER),
-    Row(compiled=True, accumulation=4, overlap=True, checkpointing="blocks"),
-    Row(compiled=True, bucket=LARGE, oom_skip=True, checkpointing="blocks", **_OTHER),
+    Row(compiled="inductor", overlap=True),
+    Row(compiled="inductor", accumulation=4, oom_skip=True, **_OTHER),
+    Row(compiled="inductor", accumulation=4, overlap=True, checkpointing="blocks"),
+    Row(compiled="inductor", bucket=LARGE, oom_skip=True, checkpointing="blocks", **_OTHER),
 ]
 HALF = [
     Row(precision="bf16"),
