@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("POLARS_MAX_THREADS", str(os.cpu_count() or 1))  # polars reads it when it is imported
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -122,7 +124,7 @@ class Polars:
     def __init__(self, tables: Path, out: Path, threads: int):
         import polars
 
-        assert polars.thread_pool_size() == threads, polars.thread_pool_size()
+        assert polars.thread_pool_size() == threads, "for other numbers of threads set POLARS_MAX_THREADS as well"
         self._polars, self._tables, self._target = polars, tables, out / "polars.parquet"
         self._counts: dict[str, int] = {}
 
@@ -175,7 +177,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="engines, comma separated, for a look at one of them")
     arguments = parser.parse_args()
-    os.environ["POLARS_MAX_THREADS"] = str(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
         tables = arguments.folder or Path(scratch) / "tables"
         write_table(tables, arguments.rows)

@@ -25,6 +25,7 @@ from rich.table import Table as RichTable
 from data_pipeline.build import filter_settings
 from data_pipeline.costs import Rows, StageCost, costs_of
 from data_pipeline.sources.laion import Columns, Table
+from data_pipeline.sources.rows import Rows as TableRows
 from data_pipeline.stage import Stage, numbered_files
 from data_pipeline.stages.filter import FilterSettings, Rule, failures, judge, rules_for
 from data_pipeline.stages.identity import ExcludedUrls, TextIdentity, Words, mixed, read_excluded_urls
@@ -239,7 +240,7 @@ class _Tally:
 
     def add(self, batch: pa.RecordBatch, rules: Sequence[Rule], identify: TextIdentity, listed: ExcludedUrls) -> None:
         """Judge some rows and identify those that pass."""
-        verdict = judge(batch, rules)
+        verdict = judge(TableRows.of(batch), rules)
         self._failed += [int(failed.sum()) for failed in failures(batch, rules)]
         everyone = TextIdentity("url").of_batch(batch, read_excluded_urls(()))
         group = (everyone.place >> np.uint64(60)).astype(np.int64)

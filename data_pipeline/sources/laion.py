@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from data_pipeline.sources.rows import Rows
 from sdtrain.errors import DataError
 
 pc: Any = pyarrow.compute  # its functions are generated at import, so a type checker sees none of them
@@ -46,6 +48,7 @@ ALIASES: Mapping[str, tuple[Kind, tuple[str, ...]]] = {
 
 REQUIRED = ("url", "caption")
 BATCH_ROWS = 65_536
+_FEWEST_ROWS, _MOST_ROWS = 20_000, 2_000_000  # of a row group that polars reads: smaller ones cost time, larger memory
 _REPEATED = ("nsfw", "rejected_by", "split")
 
 
@@ -97,39 +100,51 @@ class Table:
             _check_type(file.schema_arrow.field(theirs).type, ours, theirs, source)
         return cls(path, source, file.metadata.num_rows, columns)
 
-    def batches(self, names: Sequence[str] | None = None, *, check_text: bool = True) -> Iterator[pa.RecordBatch]:
+    def batches(self, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Its rows as batches of our columns, or of some of them, in its order.
 
-        Text becomes `string`, sizes `int64`; scores keep the precision that they were published in, so that a threshold
-        means the same number there. NaN scores and sizes become null.
-
-        Args:
-            names: Our columns that are wanted; None takes all.
-            check_text: Make sure that text is UTF-8; without, the caller does so for the rows that it keeps.
+        Text becomes `string` (checked UTF-8), sizes `int64`; scores keep the precision that they were published in, so
+        that a threshold means the same number there. NaN scores and sizes become null.
 
         Raises:
             DataError: The file is damaged inside, or a value is not of its column's kind.
         """
+        file = _open_parquet(self.path, self.source)
+        for group in range(file.num_row_groups):
+            yield from self._of_group(file, group, names)
+
+    def chunks(self) -> Iterator[Rows]:
+        """As `batches`, with text that is not copied yet."""
+        file = _open_parquet(self.path, self.source)
+        numbers = [ours for ours in self.columns.chosen if ALIASES[ours][0] != "text"]
+        first = 0
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            texts = self._texts(first, count) if _FEWEST_ROWS <= count <= _MOST_ROWS else None
+            parts = [] if texts is None else list(self._of_group(file, group, numbers, batch_rows=count))
+            if texts is not None and [len(texts)] == [count] == [part.num_rows for part in parts]:
+                yield Rows(parts[0], texts, tuple(self.columns.chosen))
+            else:
+                yield from map(Rows.of, self._of_group(file, group, None))
+            first += count
+
+    def _texts(self, first: int, count: int) -> pl.DataFrame | None:
+        """The text of a row group by polars; None where it cannot read it: Arrow can, or says what is wrong."""
+        chosen = {ours: theirs for ours, theirs in self.columns.chosen.items() if ALIASES[ours][0] == "text"}
+        try:
+            columns = [pl.col(theirs).cast(pl.String).alias(ours) for ours, theirs in chosen.items()]
+            return pl.scan_parquet(self.path, glob=False).slice(first, count).select(columns).collect()
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError):
+            return None
+
+    def _of_group(
+        self, file: pq.ParquetFile, group: int, names: Sequence[str] | None, batch_rows: int = BATCH_ROWS
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows of one row group."""
         chosen = {ours: theirs for ours, theirs in self.columns.chosen.items() if names is None or ours in names}
-        for batch in _raw_batches(_open_parquet(self.path, self.source), list(chosen.values()), self.source):
+        for batch in _raw_batches(file, group, list(chosen.values()), batch_rows, self.source):
             arrays = [_cast(batch.column(theirs), ours, theirs, self.source) for ours, theirs in chosen.items()]
-            ours = pa.record_batch(arrays, names=list(chosen))
-            if check_text:
-                self.check_text(ours)
-            yield ours
-
-    def check_text(self, batch: pa.RecordBatch) -> None:
-        """Make sure that the text of some rows is UTF-8.
-
-        Raises:
-            DataError: It is not.
-        """
-        for ours, theirs in self.columns.chosen.items():
-            if ours in batch.schema.names and ALIASES[ours][0] == "text":
-                try:
-                    batch[ours].validate(full=True)
-                except pa.ArrowInvalid as error:
-                    raise DataError(f"{self.source}: column {theirs} does not hold text: {_one_line(error)}") from None
+            yield pa.record_batch(arrays, names=list(chosen))
 
 
 def _encodings(schema: pa.Schema) -> dict[str, Any]:
@@ -250,18 +265,18 @@ def _open_parquet(path: Path, source: str) -> pq.ParquetFile:
     return file
 
 
-def _raw_batches(file: pq.ParquetFile, names: list[str], source: str) -> Iterator[pa.RecordBatch]:
-    first = 0
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        try:
-            yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=names, use_threads=False)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{source}: damaged inside, in row group {group} of {file.num_row_groups} (rows {first:,} to "
-                f"{first + rows - 1:,}): {_one_line(error)}; fetch it again, or take it out"
-            ) from None
-        first += rows
+def _raw_batches(
+    file: pq.ParquetFile, group: int, names: list[str], batch_rows: int, source: str
+) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(batch_rows, row_groups=[group], columns=names, use_threads=False)
+    except (pa.ArrowInvalid, OSError) as error:
+        first = sum(file.metadata.row_group(before).num_rows for before in range(group))
+        last = first + file.metadata.row_group(group).num_rows - 1
+        raise DataError(
+            f"{source}: damaged inside, in row group {group} of {file.num_row_groups} (rows {first:,} to {last:,}): "
+            f"{_one_line(error)}; fetch it again, or take it out"
+        ) from None
 
 
 def _check_type(found: pa.DataType, ours: str, theirs: str, source: str) -> None:
@@ -281,7 +296,9 @@ def _cast(array: pa.Array, ours: str, theirs: str, source: str) -> pa.Array:
     kind = ALIASES[ours][0]
     try:
         if kind == "text":
-            return array.cast(pa.string())
+            text = array.cast(pa.string())
+            text.validate(full=True)
+            return text
         if pa.types.is_floating(array.type):
             array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
         if kind == "integer":

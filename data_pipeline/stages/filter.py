@@ -19,7 +19,8 @@ import pyarrow.compute
 from rich.table import Table as RichTable
 
 from data_pipeline.funnel import Funnel
-from data_pipeline.sources.laion import Columns, Table, TableWriter
+from data_pipeline.sources.laion import Columns, TableWriter
+from data_pipeline.sources.rows import Rows
 from data_pipeline.stage import Needs, Stage, Unit, Work
 from data_pipeline.stages.metadata import read_card, table_units
 from data_pipeline.stages.percentiles import PercentilesStage, read_cuts
@@ -41,7 +42,7 @@ class Rule:
         nulls: What happens to rows whose value is absent.
         check: Batch -> bool array, null where the value is absent.
         columns: What it looks at.
-        is_costly: It is worth gathering the rows that are still in question before it is applied.
+        is_costly: It looks at text, or computes: only rows that are still in question are given to it.
     """
 
     name: str
@@ -241,7 +242,7 @@ class _RuleBuilder:
         return self._rule(f"{family}_percentile", words, "nsfw" if family == "punsafe" else family, check, column)
 
     def _rule(self, name: str, setting: str, family: str, check: Check, *columns: str) -> Rule:
-        is_costly = name in ("aspect_ratio", "caption")
+        is_costly = name in ("aspect_ratio", "caption") or "nsfw" in columns
         return Rule(name, setting, self.settings.nulls[family], check, columns, is_costly)
 
 
@@ -297,20 +298,22 @@ def failures(batch: pa.RecordBatch, rules: Sequence[Rule]) -> list[npt.NDArray[n
     return [~_passes(batch, rule) for rule in rules]
 
 
-def judge(batch: pa.RecordBatch, rules: Sequence[Rule]) -> npt.NDArray[np.uint8]:
+def judge(rows: Rows, rules: Sequence[Rule]) -> npt.NDArray[np.uint8]:
     """For each row the place of the first rule that rejects it, counted from 1; 0 passes.
 
     Costly rules see only the rows that passed those before them: captions cost more than all numbers together.
     """
-    verdict = np.zeros(batch.num_rows, np.uint8)
+    verdict = np.zeros(len(rows), np.uint8)
     for place, rule in enumerate(rules, 1):
         alive = verdict == 0
         if rule.is_costly:
-            rows = np.flatnonzero(alive)
+            chosen = np.flatnonzero(alive)
             failed = np.zeros(len(alive), bool)
-            failed[rows] = ~_passes(batch.select(list(rule.columns)).take(pa.array(rows)), rule)
+            failed[chosen] = ~_passes(rows.take(chosen, rule.columns), rule)
+        elif rule.columns == ("url",):
+            failed = ~rows.has_text("url")
         else:
-            failed = alive & ~_passes(batch, rule)
+            failed = alive & ~_passes(rows.numbers, rule)
         verdict += failed.view(np.uint8) * np.uint8(place)
     return verdict
 
@@ -321,7 +324,7 @@ def _passes(batch: pa.RecordBatch, rule: Rule) -> npt.NDArray[np.bool_]:
 
 def apply_rules(batch: pa.RecordBatch, rules: Sequence[Rule]) -> tuple[pa.RecordBatch, dict[str, int]]:
     """The rows that pass every rule, and how many each rule was the first to reject."""
-    verdict = judge(batch, rules)
+    verdict = judge(Rows.of(batch), rules)
     return batch.filter(pa.array(verdict == 0)), _rejected(verdict, rules)
 
 
@@ -362,7 +365,7 @@ class FilterStage:
     percentiles: Path | None = None
     name: str = "filter"
     version: str = "2"
-    needs: Needs = field(default_factory=Needs)
+    needs: Needs = field(default_factory=lambda: Needs(environment={"POLARS_MAX_THREADS": "1"}))  # a worker is one core
 
     def config_facts(self) -> dict[str, Any]:
         """Every threshold."""
@@ -388,14 +391,12 @@ class FilterStage:
                 dropped = TableWriter(folder / f"{unit.name}.rejected.parquet")
                 if self.settings.keep_rejected:
                     stack.enter_context(dropped)
-                for batch in table.batches(check_text=self.settings.keep_rejected):
-                    verdict = _judge(batch, rules, table)
-                    kept = batch.filter(pa.array(verdict == 0))
-                    table.check_text(kept)
-                    passed.add(kept)
+                for rows in table.chunks():
+                    verdict = judge(rows, rules)
+                    passed.add(rows.take(np.flatnonzero(verdict == 0)))
                     if self.settings.keep_rejected:
-                        dropped.add(_with_reasons(batch, verdict, rules))
-                    funnel = funnel.add(batch.num_rows, _rejected(verdict, rules))
+                        dropped.add(_with_reasons(rows, verdict, rules))
+                    funnel = funnel.add(len(rows), _rejected(verdict, rules))
             return funnel.to_json()
 
         return work
@@ -407,18 +408,9 @@ class FilterStage:
         return funnel.table()
 
 
-def _judge(batch: pa.RecordBatch, rules: Sequence[Rule], table: Table) -> npt.NDArray[np.uint8]:
-    """The verdict on rows whose text was not checked: measuring a caption that is no UTF-8 fails."""
-    try:
-        return judge(batch, rules)
-    except pa.ArrowInvalid:
-        table.check_text(batch)
-        raise
-
-
-def _with_reasons(batch: pa.RecordBatch, verdict: npt.NDArray[np.uint8], rules: Sequence[Rule]) -> pa.RecordBatch:
+def _with_reasons(rows: Rows, verdict: npt.NDArray[np.uint8], rules: Sequence[Rule]) -> pa.RecordBatch:
     """The rejected rows, with the name of the first rule that rejects each as `rejected_by`."""
-    is_rejected = verdict > 0
+    rejected = np.flatnonzero(verdict)
     names = pa.array([rule.name for rule in rules], pa.string())
-    reasons = names.take(pa.array(verdict[is_rejected].astype(np.int64) - 1))
-    return batch.filter(pa.array(is_rejected)).append_column("rejected_by", reasons)
+    reasons = names.take(pa.array(verdict[rejected].astype(np.int64) - 1))
+    return rows.take(rejected).append_column("rejected_by", reasons)

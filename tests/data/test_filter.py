@@ -17,6 +17,7 @@ from data_pipeline.build import filter_settings
 from data_pipeline.cluster import InlineExecutor
 from data_pipeline.funnel import Funnel
 from data_pipeline.runner import Runner
+from data_pipeline.sources import laion
 from data_pipeline.sources.laion import Table, TableWriter
 from data_pipeline.stages.filter import FilterSettings, FilterStage, apply_rules, filter_stages, rules_for
 from data_pipeline.stages.metadata import MetadataStage
@@ -372,27 +373,39 @@ def test_many_small_batches_become_few_row_groups(tmp_path):
     assert [groups.row_group(index).num_rows for index in range(groups.num_row_groups)] == [40, 40, 20]
 
 
-@pytest.mark.parametrize(
-    ("column", "value", "score", "keep_rejected", "fails"),
-    [
-        ("URL", b"http://a/\xff", 7.0, False, True),
-        ("TEXT", b"a caption of enough characters \xff", 7.0, False, True),
-        ("TEXT", b"a caption of enough characters \xff", 1.0, True, True),
-        ("TEXT", b"a caption of enough characters \xff", 1.0, False, False),
-    ],
-)
-def test_text_that_is_kept_is_utf8(tmp_path, column, value, score, keep_rejected, fails):
-    """A parquet file may call any bytes a string: only rows that another rule rejects may hold such."""
-    stages = stages_over(tmp_path, [[{}, {"score": score}]], replace(PUBLISHED, keep_rejected=keep_rejected))
+@pytest.mark.parametrize("fewest", [0, 20_000])
+@pytest.mark.parametrize("column", ["URL", "TEXT"])
+def test_text_that_is_no_utf8_is_an_error_whichever_library_reads_it(tmp_path, monkeypatch, column, fewest):
+    """A parquet file may call any bytes a string."""
+    monkeypatch.setattr(laion, "_FEWEST_ROWS", fewest)
+    stages = stages_over(tmp_path, [[{}, {"score": 1.0}]], PUBLISHED)
     path = tmp_path / "source/0.parquet"
     table = pq.read_table(path)
-    good = table[column][0].as_py().encode()
-    wrong = pa.BinaryArray.from_buffers(pa.string(), 2, pa.array([good, value], pa.binary()).buffers())
+    values = pa.array([table[column][0].as_py().encode(), b"a caption of enough characters \xff"], pa.binary())
+    wrong = pa.BinaryArray.from_buffers(pa.string(), 2, values.buffers())
     pq.write_table(table.set_column(table.schema.get_field_index(column), column, wrong), path)
-    run = Runner(output=tmp_path / "out", executor=InlineExecutor()).run
-    if fails:
-        with pytest.raises(DataError, match=rf"0\.parquet: column {column} does not hold text: .*UTF8"):
-            run(stages)
-    else:
-        run(stages)
-        assert passed_urls(tmp_path / "out") == ["http://a/0/0"]
+    with pytest.raises(DataError, match=rf"0\.parquet: column {column} does not hold text: .*UTF8"):
+        Runner(output=tmp_path / "out", executor=InlineExecutor()).run(stages)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "text"])
+def test_both_ways_of_reading_give_the_same_rows(tmp_path, monkeypatch, family):
+    rows = [
+        {},
+        {"caption": None},
+        {"url": None, "nsfw": None},
+        {"url": "", "caption": "é ü"},
+        {"width": None},
+        {"score": math.nan},
+    ]
+    families = {**FAMILIES, "text": {name: SHARED[name] for name in ("URL", "TEXT")}}
+    table = laion_table(tmp_path, families[family], [{**GOOD, **row} for row in rows])
+    expected = pa.Table.from_batches(list(table.batches()))
+    everything = np.arange(len(rows))
+    for fewest in (0, 20_000):
+        monkeypatch.setattr(laion, "_FEWEST_ROWS", fewest)
+        (found,) = table.chunks()
+        assert pa.Table.from_batches([found.take(everything)]) == expected
+        some = expected.schema.names[1:3]
+        assert found.take(everything[1:3], some).to_pylist() == expected.select(some).slice(1, 2).to_pylist()
+        assert found.has_text("url").tolist() == [True, True, False, False, True, True]
