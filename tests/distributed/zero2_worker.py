@@ -395,10 +395,10 @@ def every(**values: tuple[Any, ...]) -> list[Row]:
 
 
 _BOTH = (False, True)
-_VALUES = {"accumulation": (1, 4), "clip": (CLIP, None), "bucket": (TINY, LARGE), "overlap": _BOTH, "oom_skip": _BOTH}
+_VALUES = {"accumulation": (1, 4), "clip": (CLIP, None), "overlap": _BOTH}
 LONG = [
-    *every(checkpointing=("none", "blocks"), **_VALUES),
-    *every(world=("autoencoder and discriminator",), **_VALUES),
+    *every(**_VALUES, bucket=(TINY, LARGE), checkpointing=("none", "blocks"), oom_skip=_BOTH),
+    *every(**_VALUES, world=("autoencoder and discriminator",)),
 ]
 COMPILED = [
     Row(compiled="inductor", overlap=True),
