@@ -182,7 +182,8 @@ class PatchEmbedding(nn.Module):
         places = self.pos_embed
         if (rows, columns) != (self.base, self.base):
             places = grid_embedding(rows, columns, channels=features.shape[1], base=self.base, device=places.device)
-        tokens = features.flatten(2).transpose(1, 2) + places  # in float32, as the places stay in any precision
+        patches = features.flatten(2).transpose(1, 2).contiguous()  # left transposed, the tokens of all blocks would be
+        tokens = patches + places  # in float32, as the places stay in any precision
         return tokens.to(features.dtype), (rows, columns)
 
 
