@@ -42,13 +42,7 @@ from data_pipeline.stages.download import (
     read_part,
     reason_of,
 )
-from data_pipeline.stages.encode import EncodeStage
-from data_pipeline.stages.manifest import ManifestStage
-from data_pipeline.stages.tokenize import TokenizeStage
-from sdtrain.autoencoders.kl import AutoencoderKL
-from sdtrain.autoencoders.load import save_autoencoder
-from sdtrain.config.ingestion import DownloadConfig, EncodeConfig
-from sdtrain.data.manifest import Manifest, verify
+from sdtrain.config.ingestion import DownloadConfig
 from sdtrain.data.shard import ShardReader
 from sdtrain.errors import ConfigError, DataError
 
@@ -292,46 +286,6 @@ def scenario_workers(folder: Path) -> None:
     }
 
 
-def scenario_chain(folder: Path) -> None:
-    """Download to latents on Ray's workers: two manifests that verify, and nothing to do the second time."""
-    port = serve()
-    for index, split in enumerate(("train", "train", "validation")):
-        urls = [f"http://127.0.0.1:{port}/image/{index}.{row}-64-48-JPEG" for row in range(5)]
-        write_part(folder / "parts", index, urls, split)
-    network = AutoencoderKL(
-        latent_channels=4,
-        channels=[8, 16],
-        layers_per_block=1,
-        attention_in_middle=False,
-        norm_groups=4,
-        scaling_factor=1.0,
-    )
-    save_autoencoder(network, folder / "autoencoder")
-    download = DownloadStage(folder / "parts", folder / "images", settings(port), memory_limit_bytes=2_000_000_000)
-    tokens = TokenizeStage(download.folder, folder / "tokens", 77)
-    encoding = EncodeConfig(autoencoder=str(folder / "autoencoder"), batch_size=4)
-    encode = EncodeStage(download.folder, tokens.folder, folder / "latents", encoding)
-    images = ManifestStage(
-        "images", download.folder, folder / "05-images", folder / "images.manifest.json", (download,)
-    )
-    made_by = (download, tokens, encode)
-    latents = ManifestStage("manifest", encode.folder, folder / "08-manifest", folder / "manifest.json", made_by)
-    stages = [download, images, tokens, encode, latents]
-    with RayExecutor(workers=2) as executor:
-        runner = Runner(output=folder, executor=executor, max_attempts=1, console=Console(file=io.StringIO()))
-        runner.run(stages)
-        assert all(runner.plan(stage).is_current for stage in stages)
-    for name, shapes in (
-        ("images.manifest.json", {"jpg": (3, SIDE, SIDE)}),
-        ("manifest.json", {"moments.npy": (8, SIDE // 2, SIDE // 2), "tokens.npy": (77,)}),
-    ):
-        manifest = Manifest.load(folder / name)
-        verify(manifest, deep=True)
-        assert (manifest.num_samples("train"), manifest.num_samples("validation")) == (10, 5)
-        assert manifest.field_shapes == shapes
-    assert sorted(manifest.fingerprint) == ["autoencoder", "tokenizer", "transform"]
-
-
 def scenario_bomb(folder: Path) -> None:
     """A bomb that passes the header check meets the memory limit, and its neighbours arrive."""
     port = serve()
@@ -379,7 +333,7 @@ def in_namespace(scenario: str, folder: Path) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("scenario", ["hostile", "workers", "chain", "bomb", "lost"])
+@pytest.mark.parametrize("scenario", ["hostile", "workers", "bomb", "lost"])
 def test_scenario(scenario: str, tmp_path: Path) -> None:
     in_namespace(scenario, tmp_path)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +214,18 @@ class GradientErrors:
         return relative(self.differences, {name: float(tensor.norm()) for name, tensor in self.theirs.items()})
 
 
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """Threads that tests side by side must not have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("all_cores")
 def test_full_width_stable_diffusion_has_the_same_outputs_and_gradients() -> None:
     torch.manual_seed(0)
     with torch.device("meta"):

@@ -25,7 +25,7 @@ from sdtrain.training.run import Hooks, averaged
 from tests.engines import one_rank, sdtrain
 from tests.support import make_latent_manifest, tiny_page
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.engine
 
 STEPS = 4
 
@@ -329,7 +329,7 @@ def test_a_lost_shard_ends_as_a_data_error(world: Path, tmp_path: Path, run: Run
     data = tmp_path / "data"
     shutil.copytree(world, data)
     (data / "train-00001.tar").unlink()
-    page = tiny_page(tmp_path, data / "manifest.json", trainer={"max_steps": STEPS})
+    page = make_page(tmp_path, data, data={"read_retries": 1})
     assert sdtrain("train", page) == 3
     code, reason, _ = word(run)
     assert code == 3
