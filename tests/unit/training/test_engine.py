@@ -113,7 +113,7 @@ OTHER_STAGES = {
 """Keys of DeepSpeed's ZeRO section that mean nothing to stage 2 on the device, or to checkpoints that are ours."""
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_deepspeed_understood_every_key_that_it_is_told(precision: str) -> None:
@@ -139,7 +139,7 @@ def test_deepspeed_understood_every_key_that_it_is_told(precision: str) -> None:
     assert {key: getattr(parsed, key) for key in plain} == plain
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 def test_no_key_of_deepspeeds_that_can_change_a_number_is_left_to_its_default() -> None:
     """A key that a new release adds fails here, until somebody has decided what it shall be."""
@@ -152,7 +152,7 @@ def test_no_key_of_deepspeeds_that_can_change_a_number_is_left_to_its_default() 
     assert set(told["zero_optimization"]) == set(DeepSpeedZeroConfig.model_fields) - OTHER_STAGES
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("reduce_precision", ["fp32", "working"])
 @pytest.mark.parametrize("any_precision", PRECISIONS, indirect=True)
@@ -179,7 +179,7 @@ def test_deepspeed_built_what_it_was_told(any_precision: str, reduce_precision: 
         assert (scaler.dynamic, scaler.loss_scale) == (False, 1.0)
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 def test_a_precision_that_the_device_does_not_have_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.accelerator import get_accelerator
@@ -193,7 +193,7 @@ def test_a_precision_that_the_device_does_not_have_is_refused_by_name(monkeypatc
     )
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 def test_two_trainables_train_as_two_plain_adamws_would() -> None:
     """An autoencoder and its judge: each loss reaches the parameters of both, each update moves one."""
@@ -232,7 +232,7 @@ def test_two_trainables_train_as_two_plain_adamws_would() -> None:
         assert (flat(mine[name]) - flat(theirs[name])).norm() / flat(theirs[name]).norm() < 1e-6
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 def test_the_others_thaw_when_a_loss_raises() -> None:
     first, second = engine_of(network()), engine_of(network(1))
@@ -241,7 +241,7 @@ def test_the_others_thaw_when_a_loss_raises() -> None:
     assert all(parameter.requires_grad for parameter in second.module.parameters())
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_that_is_not_finite_moves_nothing(precision: str) -> None:
@@ -261,7 +261,7 @@ def test_a_step_that_is_not_finite_moves_nothing(precision: str) -> None:
     assert not torch.equal(engine.tensors()["group0/master"], before["group0/master"])
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 def test_accumulation_steps_at_its_boundary_and_a_tombstone_takes_its_own_share_away() -> None:
     engine, reference = engine_of(network(), micro_batch_size=2, grad_accum_steps=2), network()
@@ -277,7 +277,7 @@ def test_accumulation_steps_at_its_boundary_and_a_tombstone_takes_its_own_share_
     assert float(result.gradient_norm) == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 def test_bf16_works_on_copies_of_an_fp32_master_and_averages_the_master() -> None:
     engine = engine_of(network(), precision="bf16", ema_decay=0.9)
@@ -297,7 +297,7 @@ def test_bf16_works_on_copies_of_an_fp32_master_and_averages_the_master() -> Non
     assert (average - expected).norm() / expected.norm() < 1e-6
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_evaluating_on_the_average_leaves_no_trace(precision: str) -> None:
@@ -314,7 +314,7 @@ def test_evaluating_on_the_average_leaves_no_trace(precision: str) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in engine.tensors().items())
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 def test_without_an_average_evaluation_sees_the_weights_themselves() -> None:
     engine = engine_of(network(), ema_decay=None)
@@ -326,7 +326,7 @@ def test_without_an_average_evaluation_sees_the_weights_themselves() -> None:
     assert set(engine.tensors()) == {"group0/master", "group0/exp_avg", "group0/exp_avg_sq"}
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_restored_engine_goes_on_bit_by_bit(precision: str) -> None:
@@ -347,7 +347,7 @@ def test_a_restored_engine_goes_on_bit_by_bit(precision: str) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 def test_only_fp16_scales_its_losses() -> None:
     for precision in ("fp32", "bf16"):
@@ -355,7 +355,7 @@ def test_only_fp16_scales_its_losses() -> None:
         assert (engine.scaler_state(), engine.loss_scale) == ({}, 1.0)
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("any_precision", ["fp16"], indirect=True)
 def test_the_fp16_loss_scale_is_part_of_the_state(any_precision: str) -> None:
@@ -451,7 +451,7 @@ def centred() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), Centred(), nn.GELU(), nn.Linear(7, 2))
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("oom_skip", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -482,7 +482,7 @@ def test_a_run_with_sick_steps_equals_one_that_never_saw_them(
     assert sick.module[1].mean.abs().max() > 0
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("any_precision", PRECISIONS, indirect=True)
@@ -496,7 +496,7 @@ def test_reducing_after_the_backward_changes_no_bit(any_precision: str, accumula
     assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("any_precision", PRECISIONS, indirect=True)
 def test_a_verdict_of_one_changes_no_bit_and_nan_skips_whatever_the_gradients_are(any_precision: str) -> None:
@@ -514,7 +514,7 @@ def test_a_verdict_of_one_changes_no_bit_and_nan_skips_whatever_the_gradients_ar
     assert result is not None and not result.applied, "such a loss has gradients of 0, which are finite"
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_large_finite_gradients_are_clipped_and_applied(precision: str) -> None:
@@ -526,7 +526,7 @@ def test_large_finite_gradients_are_clipped_and_applied(precision: str) -> None:
     assert 0 < (flat(engine.module) - before).abs().max() < 2 * RATE, "no further than AdamW's first step goes"
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 def test_without_oom_skip_a_backward_without_memory_asks_to_be_started_again() -> None:
     engine = engine_of(network())
@@ -542,7 +542,7 @@ def test_without_oom_skip_a_backward_without_memory_asks_to_be_started_again() -
     )
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("oom_skip", [False, True])
 def test_an_error_in_the_backward_that_is_not_about_memory_is_raised_as_it_is(oom_skip: bool) -> None:
@@ -561,7 +561,7 @@ def test_an_error_in_the_backward_that_is_not_about_memory_is_raised_as_it_is(oo
         engine.backward(Broken.apply(losses_of(engine.module, 0)), torch.ones(BATCH))
 
 
-@pytest.mark.heavy
+@pytest.mark.engine
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("any_precision", ["fp16"], indirect=True)
 def test_overflowing_gradients_lower_the_loss_scale_down_to_its_least_without_raising(any_precision: str) -> None:
