@@ -112,7 +112,8 @@ def test_refusal_names_everything_and_the_ways_out() -> None:
         "trainer.max_steps, trainer.max_epochs, trainer.log_every_steps, trainer.compile, "
         "trainer.compile_mode, trainer.timeout_seconds, trainer.hang_timeout_seconds, trainer.max_hours, "
         "data.num_workers, data.prefetch, data.read_retries, data.cache_dir, data.cache_gib, "
-        "data.ram_cache_gib, data.micro_batch_size, task.loss_bins, trainer.oom_skip, health, checkpoint, validation, samples, tracking."
+        "data.ram_cache_gib, data.micro_batch_size, task.loss_bins, trainer.oom_skip, health, "
+        "checkpoint, validation, samples, tracking."
     )
 
 
