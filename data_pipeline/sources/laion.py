@@ -116,33 +116,36 @@ class Table:
     def chunks(self) -> Iterator[Rows]:
         """As `batches`, with text that is not copied yet."""
         file = _open_parquet(self.path, self.source)
-        numbers = [ours for ours in self.columns.chosen if ALIASES[ours][0] != "text"]
         first = 0
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
-            texts = self._texts(first, count) if _FEWEST_ROWS <= count <= _MOST_ROWS else None
-            parts = [] if texts is None else list(self._of_group(file, group, numbers, batch_rows=count))
-            if texts is not None and [len(texts)] == [count] == [part.num_rows for part in parts]:
-                yield Rows(parts[0], texts, tuple(self.columns.chosen))
-            else:
+            rows = self._decoded(first, count) if _FEWEST_ROWS <= count <= _MOST_ROWS else None
+            if rows is None:
                 yield from map(Rows.of, self._of_group(file, group, None))
+            else:
+                yield rows
             first += count
 
-    def _texts(self, first: int, count: int) -> pl.DataFrame | None:
-        """The text of a row group by polars; None where it cannot read it: Arrow can, or says what is wrong."""
-        chosen = {ours: theirs for ours, theirs in self.columns.chosen.items() if ALIASES[ours][0] == "text"}
+    def _decoded(self, first: int, count: int) -> Rows | None:
+        """The rows of a row group by polars; None where it cannot read them: Arrow can, or says what is wrong."""
+        chosen = self.columns.chosen
+        texts = [ours for ours in chosen if ALIASES[ours][0] == "text"]
+        columns = [pl.col(theirs).alias(ours) for ours, theirs in chosen.items()]
         try:
-            columns = [pl.col(theirs).cast(pl.String).alias(ours) for ours, theirs in chosen.items()]
-            return pl.scan_parquet(self.path, glob=False).slice(first, count).select(columns).collect()
+            frame = pl.scan_parquet(self.path, glob=False).slice(first, count).select(columns).collect().rechunk()
+            frame = frame.with_columns(pl.col(texts).cast(pl.String))
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError):
             return None
+        if len(frame) != count:
+            return None
+        arrays = {ours: frame[ours].to_arrow() for ours in chosen if ours not in texts}
+        numbers = [_cast(array, ours, chosen[ours], self.source) for ours, array in arrays.items()]
+        return Rows(pa.record_batch(numbers, names=list(arrays)), frame.select(texts), tuple(chosen))
 
-    def _of_group(
-        self, file: pq.ParquetFile, group: int, names: Sequence[str] | None, batch_rows: int = BATCH_ROWS
-    ) -> Iterator[pa.RecordBatch]:
+    def _of_group(self, file: pq.ParquetFile, group: int, names: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
         """The rows of one row group."""
         chosen = {ours: theirs for ours, theirs in self.columns.chosen.items() if names is None or ours in names}
-        for batch in _raw_batches(file, group, list(chosen.values()), batch_rows, self.source):
+        for batch in _raw_batches(file, group, list(chosen.values()), self.source):
             arrays = [_cast(batch.column(theirs), ours, theirs, self.source) for ours, theirs in chosen.items()]
             yield pa.record_batch(arrays, names=list(chosen))
 
@@ -265,11 +268,9 @@ def _open_parquet(path: Path, source: str) -> pq.ParquetFile:
     return file
 
 
-def _raw_batches(
-    file: pq.ParquetFile, group: int, names: list[str], batch_rows: int, source: str
-) -> Iterator[pa.RecordBatch]:
+def _raw_batches(file: pq.ParquetFile, group: int, names: list[str], source: str) -> Iterator[pa.RecordBatch]:
     try:
-        yield from file.iter_batches(batch_rows, row_groups=[group], columns=names, use_threads=False)
+        yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=names, use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
         first = sum(file.metadata.row_group(before).num_rows for before in range(group))
         last = first + file.metadata.row_group(group).num_rows - 1
