@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -64,6 +64,7 @@ class MasterPartitions:
     _optimizer: Any
     layout: Layout
     spans: tuple[tuple[int, int], ...]
+    _buffers: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, optimizer: Any, module: nn.Module) -> MasterPartitions:
@@ -124,17 +125,50 @@ class MasterPartitions:
                     master[low - start : high - start].copy_(whole[low - slot.offset : high - slot.offset])
         self._optimizer.update_lp_params()
 
+    # Gradients ----------------------------------------------------------------------------------------------------
+
+    def lend_memory(self) -> None:
+        """Before a step's first backward: let DeepSpeed gather this rank's gradients where the last step's were.
+
+        Only where it gathers them at all (in half precision they add up in one vector) and memory is the host's.
+        """
+        optimizer = self._optimizer
+        if self._keeps_memory and optimizer.dtype == torch.float32:
+            numel = sum(parameter.numel() for group in optimizer.params_in_partition for parameter in group)
+            optimizer.grads_in_partition, optimizer.grads_in_partition_offset = self._kept("gathered", numel), 0
+
     @torch.no_grad()
     def flatten_gradients(self) -> None:
-        """Lay this rank's reduced gradients end to end before a step, and tell DeepSpeed their norm.
+        """Before a step: lay this rank's reduced gradients end to end, and tell DeepSpeed their norm.
 
         By itself DeepSpeed copies every parameter's gradient to float64 for its norm: with some hundreds of parameters
         that is a third of what its step costs.
         """
         gradients = self._optimizer.averaged_gradients
         for index, pieces in gradients.items():
-            flat = getattr(pieces, "flat_partition", None)  # in half precision it adds up in one vector already
-            gradients[index] = FlatGradients(torch.cat([one.flatten() for one in pieces]) if flat is None else flat)
+            flat = getattr(pieces, "flat_partition", None)  # in half precision
+            gradients[index] = FlatGradients(self._laid_flat(index, pieces) if flat is None else flat)
+
+    def _laid_flat(self, index: int, pieces: Sequence[Tensor]) -> Float[Tensor, " numel"]:
+        """The gradients of a group as one vector."""
+        flat = [piece.flatten() for piece in pieces]
+        return torch.cat(flat, out=self._kept(f"flat{index}", sum(map(len, flat))) if self._keeps_memory else None)
+
+    @property
+    def _keeps_memory(self) -> bool:
+        """Whether to hold on to large buffers between steps.
+
+        The C library gives a block of more than 32 MiB back to the kernel when it is freed, and getting it anew costs
+        several times what writing to it does. Memory of an accelerator is cached by torch.
+        """
+        return self._optimizer.single_partition_of_fp32_groups[0].device.type == "cpu"
+
+    def _kept(self, use: str, numel: int) -> Float[Tensor, " numel"]:
+        if use not in self._buffers:
+            self._buffers[use] = torch.empty(numel)
+        return self._buffers[use]
+
+    # State --------------------------------------------------------------------------------------------------------
 
     def tensors(self, ema: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
         """Everything of this rank that a checkpoint holds, by the names of the checkpoint format."""

@@ -22,6 +22,8 @@ from sdtrain.training.ema import ShardedEma
 from sdtrain.training.health import agree, for_keeps, is_out_of_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HOST_BUCKET_SIZE = 8_000_000
+"""Elements of the largest fp32 buffer that the C library does not give back to the kernel at each backward (32 MiB)."""
 
 
 def import_deepspeed() -> Any:
@@ -134,11 +136,12 @@ class EngineSettings:
 
     def _zero_config(self) -> dict[str, Any]:
         """What concerns stage 2 without offloading; `compute_grad_norm` is also what finds NaN in fp32."""
+        on_gpu = torch.cuda.is_available()
         return {
             "stage": self.zero_stage,
             "contiguous_gradients": True,
             "reduce_scatter": True,
-            "reduce_bucket_size": self.reduce_bucket_size,
+            "reduce_bucket_size": self.reduce_bucket_size if on_gpu else min(self.reduce_bucket_size, HOST_BUCKET_SIZE),
             "use_multi_rank_bucket_allreduce": True,
             "allgather_partitions": True,
             "allgather_bucket_size": self.reduce_bucket_size,
@@ -252,6 +255,8 @@ class Engine:
             RequeueRequest: Out of memory without `oom_skip`: the other ranks wait in a reduction by now.
         """
         self._micro_steps += 1
+        if self._micro_steps == 1:
+            self.partitions.lend_memory()
         self._engine.set_gradient_accumulation_boundary(self._is_boundary)
         loss = (losses * weights).sum() / self.settings.micro_batch_size
         if verdict is not None:  # by way of a parameter: a loss that is NaN can have gradients of 0

@@ -54,12 +54,35 @@ def test_one_element_that_is_not_finite_shows_in_the_norm(bad: float, position: 
 def test_pieces_become_one_vector_and_what_is_one_already_is_not_copied() -> None:
     pieces = [torch.ones(2, 3), torch.arange(4.0), torch.zeros(2)]
     flat = torch.arange(5.0)
-    optimizer = SimpleNamespace(averaged_gradients={0: pieces, 1: SimpleNamespace(flat_partition=flat)})
+    optimizer = SimpleNamespace(
+        averaged_gradients={0: pieces, 1: SimpleNamespace(flat_partition=flat)},
+        single_partition_of_fp32_groups=[torch.empty(12), torch.empty(5)],
+    )
     MasterPartitions(optimizer, Layout.of([]), ()).flatten_gradients()
     first, second = optimizer.averaged_gradients.values()
     assert first.flat_partition.tolist() == [1, 1, 1, 1, 1, 1, 0, 1, 2, 3, 0, 0]
     assert second.flat_partition is flat
     assert [float(one) ** 2 for (one,) in (first, second)] == pytest.approx([20, 30])
+
+
+@pytest.mark.parametrize(("dtype", "lends"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_gradients_are_gathered_in_the_same_memory_at_every_step(dtype: torch.dtype, lends: bool) -> None:
+    optimizer = SimpleNamespace(
+        single_partition_of_fp32_groups=[torch.empty(4)],
+        dtype=dtype,
+        params_in_partition=[[torch.empty(2, 3)], [torch.empty(5)]],
+        grads_in_partition=None,
+    )
+    partitions = MasterPartitions(optimizer, Layout.of([]), ())
+    seen = []
+    for _ in range(2):
+        optimizer.grads_in_partition, optimizer.grads_in_partition_offset = None, 7  # as a backward leaves it
+        partitions.lend_memory()
+        seen.append(optimizer.grads_in_partition)
+    assert (seen[0] is not None) == lends
+    assert seen[0] is seen[1]
+    if lends:
+        assert (len(seen[0]), optimizer.grads_in_partition_offset) == (11, 0)
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +239,23 @@ def test_working_weights_swap_and_return_exactly(engine: Engine, network: nn.Mod
     assert all(torch.equal(parameter, working[name]) for name, parameter in network.named_parameters())
     train(engine, 1)  # the partitions still belong to the optimiser
     assert not torch.equal(engine.partitions.tensors()["group0/master"], before["group0/master"])
+
+
+@pytest.mark.engine
+def test_deepspeed_gathers_in_lent_memory_and_takes_flat_gradients_as_they_are(
+    place: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = EngineSettings(micro_batch_size=2, grad_accum_steps=1, gradient_clip_norm=None)
+    engine = Engine(nn.Linear(3, 2), settings)
+    optimizer = engine._engine.optimizer
+    monkeypatch.setattr(optimizer, "flatten_dense_tensors_aligned", None)  # its own way to lay them flat
+    places = []
+    for _ in range(2):
+        engine.backward(engine.module(torch.ones(2, 3)).square().mean(1), torch.ones(2))
+        places.append([piece.untyped_storage().data_ptr() for piece in optimizer.averaged_gradients[0]])
+        result = engine.step(1e-2)
+        assert result is not None and result.applied
+    assert len({*places[0], *places[1]}) == 1
 
 
 @pytest.mark.engine

@@ -28,6 +28,15 @@ def test_deepspeed_is_told_the_whole_batch() -> None:
     assert page["gradient_clipping"] == 0.0
 
 
+@pytest.mark.parametrize(("on_gpu", "size"), [(False, 8_000_000), (True, 50_000_000)])
+def test_on_a_cpu_a_bucket_is_no_larger_than_what_stays_when_it_is_freed(
+    on_gpu: bool, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    zero = EngineSettings(micro_batch_size=4, grad_accum_steps=1).deepspeed_config(1)["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (size, 50_000_000)
+
+
 def test_weight_decay_on_all_is_one_group() -> None:
     network = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     (group,) = parameter_groups(network, 0.1, "all")
