@@ -1,13 +1,15 @@
 """A step through our trainer and ZeRO-2 engine beside the same step as a bare loop: one process, alternating.
 
-    python -m benchmarks.trainer_overhead --batch-size 8 --pairs 7
+    python -m benchmarks.trainer_overhead --batch-sizes 8 16 --pairs 7
 
 Three take turns. The bare loop is what one would write by hand for one device: forward, backward, clipping by the
 global norm, torch's fused AdamW, a foreach EMA. The engine adds what ZeRO-2 does on one rank: buckets, partitions, its
 own norm. The trainer adds the agreement of ranks, the health of losses, figures and the schedule. All take the same
-steps on equal weights, which is asserted first. ZeRO-2's part is a constant per parameter, whatever the batch.
+steps on equal weights, which is asserted first.
 
-On a CPU only ratios mean anything; they are medians over the rounds, which a machine whose speed drifts does not shift.
+ZeRO-2's part is a constant per parameter, whatever the batch: it is printed as such, and the ratios are those of the
+batch sizes asked for. On a CPU only ratios mean anything; all figures are medians over rounds in which each takes one
+step, which a machine whose speed drifts does not shift.
 """
 
 from __future__ import annotations
@@ -17,10 +19,14 @@ import copy
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
@@ -89,10 +95,18 @@ class BareLoop:
         losses_of(self.unet, fields).mean().backward()
         nn.utils.clip_grad_norm_(self.parameters, CLIP)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.parameters, 1 - decay_at(self.steps, DECAY))
+
+
+@dataclass(frozen=True)
+class Side:
+    """One that takes steps, on its own weights."""
+
+    unet: nn.Module
+    step: Callable[[Batch], object]
 
 
 def samples(batch_size: int, size: int) -> Iterator[tuple[int, int, Batch]]:
@@ -126,80 +140,104 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latent-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=7)
-    arguments = parser.parse_args()
-    distributed.initialize(timeout_seconds=600)
-    device = distributed.device()
-    torch.manual_seed(0)
-    start = UNet(**SMALL)
-    for parameter in start.parameters():  # a zero-initialised output would leave nothing to learn behind it
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    theirs, alone, ours = (copy.deepcopy(start).to(device).train() for _ in range(3))
+def processor() -> str:
+    """The CPU as the kernel names it; its architecture where the kernel does not."""
+    names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    return f"{len(names)} x {names[0]}" if names else platform.machine()
+
+
+def sides_of(start: nn.Module, batch_size: int, latent_size: int, device: torch.device) -> dict[str, Side]:
+    """Bare loop, engine and trainer, each on its own copy of the weights."""
+    copies = {name: copy.deepcopy(start).to(device).train() for name in ("bare", "engine", "trainer")}
     settings = EngineSettings(
-        micro_batch_size=arguments.batch_size,
+        micro_batch_size=batch_size,
         grad_accum_steps=1,
         weight_decay=WEIGHT_DECAY,
         gradient_clip_norm=CLIP,
         ema_decay=DECAY,
     )
-    bare, engine = BareLoop(theirs), Engine(alone, settings)
+    bare, engine = BareLoop(copies["bare"]), Engine(copies["engine"], settings)
     trainer = Trainer(
-        task=Denoising(ours),
-        engines={"denoiser": Engine(ours, settings)},
-        settings=TrainerSettings(max_steps=10**9, batch_size=arguments.batch_size, grad_accum_steps=1, seed=0),
-        batches=samples(arguments.batch_size, arguments.latent_size),
+        task=Denoising(copies["trainer"]),
+        engines={"denoiser": Engine(copies["trainer"], settings)},
+        settings=TrainerSettings(max_steps=10**9, batch_size=batch_size, grad_accum_steps=1, seed=0),
+        batches=samples(batch_size, latent_size),
         learning_rate=lambda name, applied_steps: RATE,
         leaves_after=lambda step: True,
     )
 
     def engine_step(batch: Batch) -> None:
         engine.begin()
-        engine.backward(losses_of(alone, batch.fields), batch.weights)
+        engine.backward(losses_of(copies["engine"], batch.fields), batch.weights)
         engine.step(RATE)
 
-    sides: dict[str, Callable[[Batch], object]] = {
-        "bare": lambda batch: bare.step(batch.fields),
-        "engine": engine_step,
-        "trainer": lambda batch: trainer.fit(),
+    return {
+        "bare": Side(copies["bare"], lambda batch: bare.step(batch.fields)),
+        "engine": Side(copies["engine"], engine_step),
+        "trainer": Side(copies["trainer"], lambda batch: trainer.fit()),
     }
+
+
+def compare(start: nn.Module, batch_size: int, latent_size: int, pairs: int, device: torch.device) -> dict[str, object]:
+    """What one batch size costs each of them; the first round warms up, and asserts that all took the same step."""
+    sides = sides_of(start, batch_size, latent_size, device)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    stream = samples(batch_size, latent_size)
     names = list(sides)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    stream = samples(arguments.batch_size, arguments.latent_size)
-    errors: dict[str, float] = {}
-    for turn in range(arguments.pairs + 1):
+    differences: dict[str, float] = {}
+    for turn in range(pairs + 1):
         batch = next(stream)[2].to(device)
-        order = names[turn % 3 :] + names[: turn % 3]  # who goes first changes as well
-        taken = {name: timed(partial(sides[name], batch), device) for name in order}
-        if turn == 0:  # it warms up
-            errors = {
-                name: relative_difference(module, theirs, start.to(device))
-                for name, module in (("engine", alone), ("trainer", ours))
-            }
-            assert max(errors.values()) < MAX_ERROR, f"they do not take the same step: {errors}"
-            continue
-        for name in names:
-            seconds[name].append(taken[name])
+        for name in names[turn % 3 :] + names[: turn % 3]:  # who goes first changes as well
+            seconds[name].append(timed(partial(sides[name].step, batch), device))
+        if turn == 0:
+            bare = sides["bare"].unet
+            differences = {name: relative_difference(sides[name].unet, bare, start) for name in names[1:]}
+            assert max(differences.values()) < MAX_ERROR, f"they do not take the same step: {differences}"
+    rounds = {name: taken[1:] for name, taken in seconds.items()}
+    added = statistics.median(mine - base for mine, base in zip(rounds["engine"], rounds["bare"], strict=True))
+    parameters = sum(parameter.numel() for parameter in start.parameters())
+    return {
+        "work": f"{batch_size} latents of edge {latent_size}",
+        "difference_of_the_first_step": differences,
+        "seconds": {name: statistics.median(taken) for name, taken in rounds.items()},
+        "trainer_over_bare": ratio(rounds["trainer"], rounds["bare"]),
+        "trainer_over_engine": ratio(rounds["trainer"], rounds["engine"]),
+        "engine_over_bare": ratio(rounds["engine"], rounds["bare"]),
+        "engine_adds_ms_per_million_parameters": 1e9 * added / parameters,
+    }
 
-    def ratio(name: str, other: str) -> dict[str, float]:
-        ratios = [mine / base for mine, base in zip(seconds[name], seconds[other], strict=True)]
-        return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "rounds": len(ratios)}
 
+def ratio(mine: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Of steps of the same round."""
+    ratios = [one / other for one, other in zip(mine, base, strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "rounds": len(ratios)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latent-size", type=int, default=32)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--pairs", type=int, default=7)
+    arguments = parser.parse_args()
+    distributed.initialize(timeout_seconds=600)
+    device = distributed.device()
+    torch.manual_seed(0)
+    start = UNet(**SMALL).to(device)
+    for parameter in start.parameters():  # a zero-initialised output would leave nothing to learn behind it
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
     print(
         json.dumps(
             {
-                "work": f"small, {arguments.batch_size} latents of edge {arguments.latent_size}, fp32",
-                "parameters": sum(parameter.numel() for parameter in ours.parameters()),
-                "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-                "difference_of_the_first_step": errors,
-                "seconds": {name: statistics.median(taken) for name, taken in seconds.items()},
-                "trainer_over_bare": ratio("trainer", "bare"),
-                "trainer_over_engine": ratio("trainer", "engine"),
-                "engine_over_bare": ratio("engine", "bare"),
+                "parameters": sum(parameter.numel() for parameter in start.parameters()),
+                "precision": "fp32",
+                "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+                "threads": torch.get_num_threads(),
+                "versions": {name: version(name) for name in ("torch", "deepspeed")},
+                "sizes": [
+                    compare(start, batch_size, arguments.latent_size, arguments.pairs, device)
+                    for batch_size in arguments.batch_sizes
+                ],
             },
             indent=2,
         )
