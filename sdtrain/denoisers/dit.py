@@ -182,7 +182,9 @@ class PatchEmbedding(nn.Module):
         places = self.pos_embed
         if (rows, columns) != (self.base, self.base):
             places = grid_embedding(rows, columns, channels=features.shape[1], base=self.base, device=places.device)
-        patches = features.flatten(2).transpose(1, 2).contiguous()  # left transposed, the tokens of all blocks would be
+        # Left transposed, the tokens of all blocks would be: slow, and on CPUs inductor (torch 2.13) normalises several
+        # transposed rows in a buffer for one, so that compiled blocks silently get wrong gradients.
+        patches = features.flatten(2).transpose(1, 2).contiguous()
         tokens = patches + places  # in float32, as the places stay in any precision
         return tokens.to(features.dtype), (rows, columns)
 
