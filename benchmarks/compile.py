@@ -216,7 +216,7 @@ def main() -> None:
         save_file(gradients, arguments.leave / f"{name}-{way}.safetensors")
         (arguments.leave / f"{name}-{way}.json").write_text(json.dumps(facts))
         return
-    arguments.layers = {"dit": arguments.layers or 24, "unet": arguments.layers or 6}
+    arguments.layers = {"dit": arguments.layers or 24, "unet": arguments.layers or 8}
     ways = ["eager", *(way for way in arguments.ways if way != "eager")]
     results: dict[str, Any] = {}
     for name in arguments.network:
