@@ -77,9 +77,9 @@ def check(build: Callable[[], nn.Module], *, kinds: int, sizes: tuple[int, ...])
             (loss, wanted), (mine, gradients) = step(plain, size), step(compiled, size)
             assert mine == pytest.approx(loss, rel=1e-5)
             norm = torch.cat([one.flatten() for one in wanted.values()]).norm()
-            for name, one in wanted.items():
-                error = (gradients[name] - one).norm() / torch.maximum(one.norm(), 1e-6 * norm)
-                assert error < 1e-4, (mode, size, name)
+            for name, one in wanted.items():  # that of `to_k.bias` is zero on paper and rounding in practice
+                allowed = 1e-4 * one.norm() if one.norm() > 1e-6 * norm else 1e-6 * norm
+                assert (gradients[name] - one).norm() < allowed, (mode, size, name)
     assert graphs() == kinds * len(sizes)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert compiled.state_dict().keys() == plain.state_dict().keys()
