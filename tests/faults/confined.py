@@ -4,8 +4,8 @@
     python -m tests.faults.confined ANSWER size=1m,nr_inodes=40 FOLDER train PAGE ...
     python -m tests.faults.confined ANSWER read-only@1 FOLDER train PAGE ...  # for rank 1 alone
 
-Needs root, else it exits with 77. A small disk gets what FOLDER holds; ANSWER tells how the command ended and what it changed there, since
-nobody else sees that disk.
+Needs root, else it exits with 77. A small disk gets what FOLDER holds; ANSWER tells how the command ended and what it
+changed there, since nobody else sees that disk.
 """
 
 from __future__ import annotations
