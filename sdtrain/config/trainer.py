@@ -26,7 +26,7 @@ class TrainerConfig(Section):
         compile_mode: Of torch.compile; `max-autotune-no-cudagraphs` also times several kernels for every product at
             the start. `reduce-overhead` and `max-autotune` are refused: their CUDA graphs overwrite what is still read.
         gradient_checkpointing: `blocks` recomputes them in the backward: far less memory, a quarter slower.
-        reduce_bucket_size: Elements in one gradient reduction.
+        reduce_bucket_size: Elements in one gradient reduction; on a CPU at most 8,000,000.
         overlap_comm: Reduce gradients while the backward goes on.
         oom_skip: Throw a step away also where a rank runs out of memory in its backward. Gradients are then reduced
             after each backward instead of during it, and stand whole on every rank until then; false ends such an
