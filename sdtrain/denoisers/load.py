@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from sdtrain.errors import ConfigError
 from sdtrain.nn.folders import CONFIG_FILE, find_folder, load_strictly, read_folder, write_folder
 
 Denoiser = UNet | DiT
+_Kind = TypeVar("_Kind", UNet, DiT)
 
 _UNET_CLASSES = (unet_config.CONDITIONAL_CLASS, unet_config.UNCONDITIONAL_CLASS, unet_config.OWN_CLASS)
 _DIT_CLASSES = (dit_config.DIFFUSERS_CLASS, dit_config.OLD_CLASS, dit_config.OWN_CLASS)
@@ -30,13 +31,7 @@ def load_unet(source: str) -> UNet:
     Raises:
         ConfigError: Nothing readable is there, it does not fit this UNet, or it is a DiT.
     """
-    folder = find_folder(source, part="unet")
-    denoiser = read_denoiser(folder)
-    if not isinstance(denoiser, UNet):
-        raise ConfigError(
-            f"{folder}: holds a DiT, and a UNet is asked for; write denoiser: {{type: dit, weights: ...}}"
-        )
-    return denoiser
+    return _load(source, UNet, part="unet")
 
 
 def load_dit(source: str) -> DiT:
@@ -49,11 +44,17 @@ def load_dit(source: str) -> DiT:
     Raises:
         ConfigError: Nothing readable is there, it does not fit this DiT, or it is a UNet.
     """
-    folder = find_folder(source, part="transformer")
+    return _load(source, DiT, part="transformer")
+
+
+def _load(source: str, wanted: type[_Kind], *, part: str) -> _Kind:
+    folder = find_folder(source, part=part)
     denoiser = read_denoiser(folder)
-    if not isinstance(denoiser, DiT):
+    if not isinstance(denoiser, wanted):
+        found = type(denoiser).__name__
         raise ConfigError(
-            f"{folder}: holds a UNet, and a DiT is asked for; write denoiser: {{type: unet, weights: ...}}"
+            f"{folder}: holds a {found}, and a {wanted.__name__} is asked for; "
+            f"write denoiser: {{type: {found.lower()}, weights: ...}}"
         )
     return denoiser
 
