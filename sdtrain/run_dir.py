@@ -149,6 +149,11 @@ class RunDir:
         return self.path / "ledger.jsonl"
 
     @property
+    def lease(self) -> Path:
+        """What an attempt that is alive holds a lock on."""
+        return self.path / "attempt.lock"
+
+    @property
     def exit_file(self) -> Path:
         """How the newest attempt ended."""
         return self.path / "exit.json"
@@ -217,7 +222,7 @@ class RunDir:
         """Names in this folder that no run leaves; none where a run's ledger lies, whatever people put beside it."""
         if not self.path.is_dir() or "event" in next(read_json_lines(self.ledger), {}):
             return []
-        parts = (self.config, self.environment, self.metrics, self.ledger, self.exit_file, self.tombstones)
+        parts = (self.config, self.environment, self.metrics, self.ledger, self.lease, self.exit_file, self.tombstones)
         parts += (self.checkpoints, self.weights, self.samples, self.sick, self.hangs, self.stacks, self.wandb_id)
         own = {path.name for path in parts if path != self.ledger} | {"SAVE", "STOP", "logs", "wandb"}
         names = (entry.name for entry in self.path.iterdir() if entry.suffix not in _JOB_LOGS)

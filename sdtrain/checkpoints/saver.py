@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,6 +77,12 @@ class Saver:
         self._buffers = HostBuffers()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer", initializer=_step_back)
         self._flight: _Flight | None = None
+        self._reserving: Future[None] | None = None
+
+    def reserve(self, files: Mapping[str, RankFile]) -> None:
+        """Make room in host memory for copies of such tensors, in the thread: the first save then stalls no longer."""
+        if self._asynchronous:
+            self._reserving = self._thread.submit(self._buffers.reserve, files)
 
     @property
     def step(self) -> int | None:
@@ -118,6 +124,8 @@ class Saver:
         """This rank's report, once it stands; a copy that fails is a report like any other failure."""
         if self._asynchronous and begun.temporary is not None:
             try:
+                if self._reserving is not None:
+                    wait([self._reserving])  # if it failed, so will the copy
                 copies = self._buffers.copy(files)
             except (RuntimeError, MemoryError) as error:
                 return _at_once(

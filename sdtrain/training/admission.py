@@ -29,6 +29,7 @@ from sdtrain.errors import ConfigError, ExitCode
 from sdtrain.records import Task
 from sdtrain.run_dir import RunDir
 from sdtrain.training.keeper import refuse_other_runs
+from sdtrain.training.lease import Lease
 from sdtrain.training.outcome import Refused, refusing
 from sdtrain.training.state import expected_bytes
 
@@ -63,6 +64,22 @@ class Admitted:
     def step(self) -> int:
         """Finished steps that it starts from."""
         return 0 if self.checkpoint is None else self.checkpoint.step
+
+
+def occupy(folder: RunDir, lease: Lease, *, begins: bool = False) -> None:
+    """Keep other starts of a run out of its folder from now on, or be kept out; collective, rank 0 holds the lease.
+
+    Raises:
+        Refused: Another attempt is alive in this folder.
+    """
+    holder = lease.take(begins=begins) if distributed.ranks().is_main else None
+    holder = distributed.broadcast_object(holder)
+    if holder is not None:
+        raise Refused(
+            ExitCode.PREFLIGHT,
+            f"run_dir = {folder.path}: {holder}. Wait for its end or stop it (`touch {folder.path / 'STOP'}`), then "
+            "start again, or give another run_dir; nothing was touched",
+        )
 
 
 def admit(

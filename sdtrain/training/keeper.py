@@ -86,6 +86,10 @@ class CheckpointKeeper:
 
     # Saving -------------------------------------------------------------------------------------------------------
 
+    def reserve(self) -> None:
+        """Make room in host memory for the copies that saves take, beside whatever the loop does meanwhile."""
+        self._saver.reserve(rank_files(self.engines))
+
     def note(self, step: int, figures: Mapping[str, float]) -> None:
         """Remember what validation measured after `step` finished steps: a checkpoint of that step holds it."""
         self._figures = (step, dict(figures))

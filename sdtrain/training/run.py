@@ -33,7 +33,7 @@ from sdtrain.nn.compilation import eagerly
 from sdtrain.records import Batch, Task
 from sdtrain.run_dir import RunDir, write_atomically
 from sdtrain.training import environment
-from sdtrain.training.admission import Admitted, admit
+from sdtrain.training.admission import Admitted, admit, occupy
 from sdtrain.training.compile_watch import CompileWatch
 from sdtrain.training.engine import DTYPES, Engine, EngineSettings
 from sdtrain.training.forensics import write_record
@@ -42,6 +42,7 @@ from sdtrain.training.goodput import Goodput
 from sdtrain.training.health import HealthSettings
 from sdtrain.training.heartbeat import LEAVING, Patience
 from sdtrain.training.keeper import CheckpointKeeper
+from sdtrain.training.lease import Lease
 from sdtrain.training.lr_schedule import learning_rate_at
 from sdtrain.training.metrics import MetricsLog, Throughput
 from sdtrain.training.outcome import Refused, leave_broken, leave_refused, leave_together, refuse_to_spin
@@ -135,6 +136,7 @@ class Attempt:
         )
         self.work = WorkClock(on_device=torch.cuda.is_available())
         self.preemption = Preemption(folder.path, watch_files=place.is_main, max_hours=trainer.max_hours)
+        self.lease = Lease(folder.lease, self.attempt, on_wait=lambda: self.beat("build"))
         self.keeper: CheckpointKeeper | None = None
         self.unreadable = TombstoneList(folder.tombstones)
         self.reporter: Reporter | None = None
@@ -165,6 +167,7 @@ class Attempt:
     def go(self, resume: Resume) -> tuple[ExitCode, str]:
         """Build everything, resume, train, finish."""
         config = self.config
+        occupy(self.folder, self.lease)
         admitted = admit(config, self.folder, resume, attempt=self.attempt, beat=self.beat)
         task, checkpoint, source, start = admitted.task, admitted.checkpoint, admitted.source, admitted.step
         self._begin(admitted, resume)
@@ -176,6 +179,7 @@ class Attempt:
             keeper.restore(checkpoint)
         elif source is not None and config.init_from is not None:
             keeper.fork(source, config.init_from.load)
+        keeper.reserve()
         self.compiles = CompileWatch() if build.compile_networks(task, config) else None
         self._write_down()
         self.reporter = self._reporter(task, start, admitted.max_steps)
@@ -200,6 +204,7 @@ class Attempt:
         self.watched.close()
         if self.keeper is not None:  # a run that is to be started again uploads the rest then
             self.keeper.close(wait_for_uploads=code == ExitCode.DONE)
+        self.lease.release()
 
     def _verdict(self, complete: bool) -> tuple[ExitCode, str]:
         if complete:
@@ -281,9 +286,11 @@ class Attempt:
         page = hashlib.sha256(dump_yaml(self.config).encode()).hexdigest()
         if resume == "auto":
             refuse_to_spin(self.folder, step=start, config_sha256=page)
+        if distributed.ranks().is_main:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+        occupy(self.folder, self.lease, begins=True)
         if not distributed.ranks().is_main:
             return
-        self.folder.path.mkdir(parents=True, exist_ok=True)
         self.folder.clear_exit(but=self.attempt)
         sweep(self.folder.checkpoints)
         resumed = None if checkpoint is None else checkpoint.path.name

@@ -6,8 +6,11 @@ import json
 import math
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from sdtrain.config.load import load_training
 from sdtrain.records import Batch, LossOutput
 from sdtrain.run_dir import RunDir, read_json_lines
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
+from sdtrain.training.lease import Lease
 from sdtrain.training.lr_schedule import learning_rate_at
 from sdtrain.training.metrics import MetricsLog, read_metrics
 from sdtrain.training.run import Hooks, averaged
@@ -28,6 +32,13 @@ from tests.support import make_latent_manifest, tiny_page
 pytestmark = pytest.mark.engine
 
 STEPS = 4
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "r+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -442,6 +453,25 @@ def test_a_fresh_start_over_checkpoints_is_refused(
     assert sdtrain("train", page, "--resume", "never") == 2
     assert "nothing is overwritten" in capfd.readouterr().err
     assert untouched(run) == before
+
+
+def test_a_second_start_beside_a_live_attempt_is_refused(
+    copied: Path, run: RunDir, world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    page, before = make_page(copied, world), untouched(run)
+    monkeypatch.setattr("sdtrain.training.run.Lease", partial(Lease, patience_seconds=0.2))
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, run.lease], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        assert sdtrain("train", page, "trainer.max_steps=6") == 9
+        said = capfd.readouterr().err
+        assert f"sdtrain: run_dir = {run.path}: attempt " in said and " is alive here, as process " in said
+        assert f"stop it (`touch {run.path / 'STOP'}`)" in said
+        assert untouched(run) == before
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert sdtrain("train", page) == 0
 
 
 def test_a_batch_that_does_not_split_is_refused_before_anything_is_built(
