@@ -17,6 +17,7 @@ from sdtrain.config.base import (
     SchemaVersion,
     Section,
 )
+from sdtrain.config.curation import CaptionsConfig, ContentDedupConfig, ScoresConfig
 from sdtrain.config.problems import Problem
 from sdtrain.config.trainer import Precision
 
@@ -50,7 +51,20 @@ class DigitsSource(Section):
     num_images: PositiveInt = 1797
 
 
-SourceConfig = Annotated[LaionSource | DigitsSource, Field(discriminator="type")]
+class ShardsSource(Section):
+    """WebDataset shards that exist already, made by img2dataset or any other tool: nothing is fetched again.
+
+    Attributes:
+        type: `shards`.
+        shards: A folder of tars, a glob like `shards/*.tar`, or a URL of either that fsspec reads. Of each sample the
+            picture (jpg, jpeg, png or webp), txt and json are taken. What is remote is copied once.
+    """
+
+    type: Literal["shards"]
+    shards: NonEmptyStr
+
+
+SourceConfig = Annotated[LaionSource | DigitsSource | ShardsSource, Field(discriminator="type")]
 
 NullPolicy = Literal["reject", "keep"]
 
@@ -287,6 +301,9 @@ class IngestionConfig(Section):
         dedup: Which rows are the same.
         validation: The samples that are never trained on.
         download: How pictures are fetched.
+        content_dedup: Which pictures are the same, whatever their URLs; null keeps them all.
+        scores: Scores of the pictures and their thresholds; null computes none.
+        captions: Other captions for the samples; null keeps those that came with the pictures.
         tokenize: How captions become tokens.
         encode: How pictures become latents; null stores pictures only (to train an autoencoder).
         runner: How the stages are spread.
@@ -303,6 +320,9 @@ class IngestionConfig(Section):
     dedup: DedupConfig = DedupConfig()
     validation: ValidationSplitConfig = ValidationSplitConfig()
     download: DownloadConfig = DownloadConfig()
+    content_dedup: ContentDedupConfig | None = None
+    scores: ScoresConfig | None = None
+    captions: CaptionsConfig | None = None
     tokenize: TokenizeConfig = TokenizeConfig()
     encode: EncodeConfig | None = None
     runner: RunnerConfig = RunnerConfig()
@@ -335,4 +355,18 @@ def total_time_covers_one_attempt(download: DownloadConfig) -> Iterator[Problem]
         yield Problem("download.total_timeout_seconds", f"must be >= download.timeout_seconds = {limit:g}")
 
 
-INGESTION_RULES = (filter_ranges_are_not_empty, pictures_are_big_enough, total_time_covers_one_attempt)
+def thresholds_have_a_score(scores: ScoresConfig | None) -> Iterator[Problem]:
+    """An aesthetic threshold needs a head."""
+    if scores is None or scores.aesthetic_head is not None:
+        return
+    for name in ("min_aesthetic", "aesthetic_percentile"):
+        if getattr(scores, name) is not None:
+            yield Problem(f"scores.{name}", "needs scores.aesthetic_head, the file of the predictor; give it, or null")
+
+
+INGESTION_RULES = (
+    filter_ranges_are_not_empty,
+    pictures_are_big_enough,
+    total_time_covers_one_attempt,
+    thresholds_have_a_score,
+)

@@ -145,6 +145,9 @@ def _ingestion(config: IngestionConfig) -> Iterator[str]:
         yield "download.contact is empty: nothing is downloaded before it names an e-mail or URL for site owners"
     if config.download.allow_loopback:
         yield "download.allow_loopback is true: URLs of this machine are fetched; for tests and the demo only"
+    alike = config.content_dedup
+    if alike is not None and alike.by == "bytes" and _is_set(alike, "radius"):
+        yield "content_dedup.radius has no effect: content_dedup.by is bytes"
     if config.filter.min_aesthetic is None and _is_set(config.filter, "aesthetic_scale"):
         yield "filter.aesthetic_scale has no effect: filter.min_aesthetic is null"
 
