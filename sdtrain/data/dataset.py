@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from sdtrain.data.lru import Lru
-from sdtrain.data.manifest import Manifest, ShardEntry, read_takedown
+from sdtrain.data.manifest import Manifest, ShardEntry
 from sdtrain.data.plan import BucketedOrder, Order
 from sdtrain.data.prefetch import Prefetcher
 from sdtrain.data.ram_cache import RamCache
@@ -139,7 +139,7 @@ class ShardDataset(Dataset[Sample]):
         self._seed = seed
         self._draws = draws
         self._draw_shapes = {bucket: draws.shapes_for(shapes) for bucket, shapes in self._shapes.items()}
-        self._taken_down = read_takedown(self.manifest)
+        self._taken_down = manifest.takedown.keys
         self._max_open_shards = max_open_shards
         self._waits = retry_waits(read_retries)
         self._ram_cache_bytes = ram_cache_bytes

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdtrain.data.shard import ShardReader, ShardUnavailableError, index_path, read_index
+from sdtrain.data.shard import ShardReader, index_path, read_index
 from sdtrain.data.shard_cache import ShardCache
-from sdtrain.data.storage import Location, RemoteFolder, is_url
+from sdtrain.data.storage import Location, RemoteFolder, is_url, read_beside
+from sdtrain.data.takedown import Takedown, read_takedown
 from sdtrain.errors import DataError
 from sdtrain.run_dir import write_atomically
 
@@ -23,7 +24,6 @@ MANIFEST_VERSION = 1
 _ABSENT = "absent"
 _BUCKET = re.compile(r"[A-Za-z0-9._-]+")
 _SIDECAR_SHARE = 20  # a sidecar is smaller than this part of its tar
-_TAKEDOWN = "takedown.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +127,15 @@ class Manifest:
     def sha256(self) -> str:
         """Digest of the canonical content."""
         return _digest(self.content())
+
+    @cached_property
+    def takedown(self) -> Takedown:
+        """The samples that must not be read, as the list beside the manifest said when it was first asked for.
+
+        Raises:
+            DataError: What stands there is no take-down list, or it cannot be told whether there is one.
+        """
+        return read_takedown(self.path)
 
     def content(self) -> dict[str, Any]:
         """What the file holds, as plain values."""
@@ -234,7 +243,7 @@ class Manifest:
         """
         path = path if is_url(path) else Path(path)
         try:
-            page = json.loads(_read_beside(path, None))
+            page = json.loads(read_beside(path))
         except OSError as error:
             raise DataError(
                 f"{path}: cannot read the manifest: {error.strerror or 'not there'}; check data.manifest, or build the "
@@ -262,14 +271,6 @@ class Manifest:
         _check_shards(shards)
         bucket_shapes = {bucket: _as_tuples(shapes) for bucket, shapes in page.get("bucket_shapes", {}).items()}
         return cls(path, shards, page["fingerprint"], _as_tuples(page["field_shapes"]), bucket_shapes, cache)
-
-
-def _read_beside(path: Location, name: str | None) -> bytes:
-    """The file at `path`, or the one called `name` in its folder."""
-    if is_url(path):
-        folder, _, own = path.rpartition("/")
-        return RemoteFolder(folder).read_bytes(name or own)
-    return (Path(path) if name is None else Path(path).with_name(name)).read_bytes()
 
 
 def _as_lists(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
@@ -451,6 +452,8 @@ class Record(NamedTuple):
 def read_fields(manifest: Manifest, split: str, fields: Sequence[str]) -> Iterator[Record]:
     """Every sample of a split once, in the order of the manifest, for passes outside training.
 
+    Samples that are taken down are left out.
+
     Args:
         fields: Names as in the shards: `moments.npy`, `txt`, `json`, `jpg`, ...
 
@@ -460,32 +463,5 @@ def read_fields(manifest: Manifest, split: str, fields: Sequence[str]) -> Iterat
     for shard in manifest.split(split):
         with manifest.open_shard(shard) as reader:
             for sample, key in enumerate(reader.keys):
-                yield Record(key, {name: reader.decode(sample, name) for name in fields})
-
-
-def takedown_path(manifest: Manifest) -> Path:
-    """The list of keys that must not be read any more; it may change, unlike the manifest."""
-    return manifest.folder / _TAKEDOWN
-
-
-def read_takedown(manifest: Manifest) -> frozenset[str]:
-    """Keys that are masked when they are read, without moving any other sample; empty where there is no list.
-
-    Raises:
-        DataError: The list is there, but is not `{"keys": [...]}`; or whether it is there cannot be told.
-    """
-    try:
-        keys = json.loads(_read_beside(manifest.path, _TAKEDOWN))["keys"]
-        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise TypeError("keys must be a list of text")
-    except FileNotFoundError:
-        return frozenset()
-    except ShardUnavailableError as error:
-        raise DataError(
-            f"{error}. Whether there is a take-down list must be known: some stores tell only those who may list the "
-            'folder; allow that, or put {"keys": []} there'
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        path = str(manifest.path).rpartition("/")[0] + f"/{_TAKEDOWN}"
-        raise DataError(f'{path}: not a take-down list ({error}); it holds {{"keys": ["...", ...]}}') from error
-    return frozenset(keys)
+                if key not in manifest.takedown.keys:
+                    yield Record(key, {name: reader.decode(sample, name) for name in fields})

@@ -89,6 +89,21 @@ class RemoteFolder:
             raise ShardUnavailableError(f"{url}: {found} found, the manifest says {size_bytes} bytes, sha256 {sha256}")
 
 
+def read_beside(path: Location, name: str | None = None) -> bytes:
+    """The small file at `path`, or the one called `name` in its folder.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        OSError: A file on this machine cannot be read.
+        ShardUnavailableError: One on object storage cannot be read.
+        ConfigError: No installed library reads such URLs.
+    """
+    if is_url(path):
+        folder, _, own = path.rpartition("/")
+        return RemoteFolder(folder).read_bytes(name or own)
+    return (Path(path) if name is None else Path(path).with_name(name)).read_bytes()
+
+
 @contextmanager
 def _reading(url: str) -> Iterator[tuple[Any, str]]:
     """The file system of a URL and the path in it; one kind of error whatever library stands behind it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import multiprocessing
 import os
 import signal
@@ -21,12 +20,14 @@ import pytest
 
 from sdtrain.data.dataset import ShardDataset
 from sdtrain.data.loader import train_loader
-from sdtrain.data.manifest import Manifest, describe_shard, read_takedown, write_manifest
+from sdtrain.data.manifest import Manifest, describe_shard, write_manifest
 from sdtrain.data.plan import order_of
 from sdtrain.data.shard import ShardWriter
 from sdtrain.data.shard_cache import ShardCache
+from sdtrain.data.takedown import Takedown, read_takedown
 from sdtrain.errors import DataError, StorageError
 from sdtrain.records import DrawSpec
+from tests.takedowns import entry
 
 s3fs = pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")
@@ -267,18 +268,18 @@ def test_manifests_and_lists_that_are_not_there(s3: Proxy) -> None:
     with pytest.raises(DataError, match=r"s3://none/none.json: cannot read the manifest: "):
         Manifest.load("s3://none/none.json")
     manifest = Manifest.load(MANIFEST)
-    assert read_takedown(manifest) == frozenset()
+    assert read_takedown(manifest.path).keys == frozenset()
     s3.mode = "busy"
     with pytest.raises(DataError, match=r"takedown.json: cannot be read: .* Whether there is a take-down list"):
-        read_takedown(manifest)
+        read_takedown(manifest.path)
     s3.mode = "well"
     files = s3.files
-    files.pipe_file(f"{BUCKET}/data/takedown.json", json.dumps({"keys": ["k7"]}).encode())
+    files.pipe_file(f"{BUCKET}/data/takedown.json", Takedown((entry("k7"),)).to_json().encode())
     try:
-        assert read_takedown(manifest) == {"k7"}
+        assert read_takedown(manifest.path).keys == {"k7"}
         files.pipe_file(f"{BUCKET}/data/takedown.json", b"[]")
         with pytest.raises(DataError, match=r"^s3://bucket/data/takedown.json: not a take-down list"):
-            read_takedown(manifest)
+            read_takedown(manifest.path)
     finally:
         files.rm(f"{BUCKET}/data/takedown.json")
 

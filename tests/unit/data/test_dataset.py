@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import pickle
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from sdtrain.data.randomness import normals, uniforms
 from sdtrain.data.shard import ShardWriter
 from sdtrain.errors import DataError
 from sdtrain.records import DrawSpec
+from tests.takedowns import take_down
 
 DRAWS = DrawSpec(normals={"noise": (4, 2, 2), "posterior": (4, 2, 2)}, uniforms=("timestep", "drop"))
 FIELDS = {"moments": "moments.npy", "tokens": "tokens.npy"}
@@ -206,7 +206,8 @@ def test_a_sample_of_another_shape_becomes_a_tombstone(tmp_path: Path):
 
 def test_taken_down_keys_are_masked_without_moving_others(manifest: Manifest):
     whole = [make(manifest)[position] for position in range(30)]
-    (manifest.folder / "takedown.json").write_text(json.dumps({"keys": ["k7"]}))
+    take_down(manifest.path, "k7")
+    manifest = Manifest.load(manifest.path)
     for sample, before in zip(map(make(manifest).__getitem__, range(30)), whole, strict=True):
         assert sample.key == before.key
         assert sample.error is None
@@ -227,7 +228,7 @@ def test_samples_stay_in_memory_as_far_as_there_is_room(manifest: Manifest):
 
 
 def test_neither_masked_nor_unreadable_samples_stay_in_memory(manifest: Manifest):
-    (manifest.folder / "takedown.json").write_text(json.dumps({"keys": ["k7"]}))
+    take_down(manifest.path, "k7")
     damage(manifest, 2, 3)
     kept = make(manifest, ram_cache_bytes=10**6)
     for _ in range(2):

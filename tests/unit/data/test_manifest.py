@@ -16,13 +16,12 @@ from sdtrain.data.manifest import (
     check_fingerprint,
     describe_shard,
     read_fields,
-    read_takedown,
-    takedown_path,
     verify,
     write_manifest,
 )
 from sdtrain.data.shard import ShardWriter, index_path
 from sdtrain.errors import DataError
+from tests.takedowns import take_down
 
 FINGERPRINT = {"autoencoder": {"sha256": "abc", "scaling_factor": 0.18215}, "tokenizer": {"pad_id": 49407}}
 
@@ -218,12 +217,12 @@ def test_offline_passes_stop_at_damage(tmp_path: Path):
         list(read_fields(manifest, "train", ["txt"]))
 
 
-def test_the_takedown_list(tmp_path: Path):
+def test_the_takedown_list_is_read_once_and_honoured_by_offline_passes(tmp_path: Path):
     manifest = make(tmp_path)
-    assert read_takedown(manifest) == frozenset()
-    takedown_path(manifest).write_text('{"keys": ["00001"]}')
-    assert read_takedown(manifest) == {"00001"}
-    for broken in ("{", "[]", '{"keys": "00001"}', '{"keys": [1]}'):
-        takedown_path(manifest).write_text(broken)
-        with pytest.raises(DataError, match=r'takedown.json: not a take-down list .*it holds \{"keys": \["\.\.\."'):
-            read_takedown(manifest)
+    assert manifest.takedown.keys == frozenset()
+    whole = [record.key for record in read_fields(manifest, "train", ["txt"])]
+    take_down(manifest.path, whole[1])
+    assert manifest.takedown.keys == frozenset()
+    manifest = Manifest.load(manifest.path)
+    assert manifest.takedown.keys == {whole[1]}
+    assert [record.key for record in read_fields(manifest, "train", ["txt"])] == [whole[0], *whole[2:]]

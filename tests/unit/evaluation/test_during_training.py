@@ -23,6 +23,7 @@ from sdtrain.run_dir import RunDir
 from sdtrain.tasks.autoencoding import AutoencodingTask
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
 from tests.support import make_latent_manifest, tiny_page
+from tests.takedowns import take_down
 
 NUM, BINS = 12, 4
 PROMPTS = ["a red square", "a blue circle", "two green lines"]
@@ -157,12 +158,11 @@ def test_unreadable_validation_samples_do_not_count(
     config: TrainingConfig, manifest: Manifest, task: LatentDiffusionTask, tmp_path: Path
 ) -> None:
     whole = every_sample(config, manifest, task)
-    taken = manifest.folder / "takedown.json"
-    taken.write_text('{"keys": ["000010000"]}')
+    take_down(manifest.path, "000010000")
     try:
-        means = validate(config, task, manifest)
+        means = validate(config, task, Manifest.load(manifest.path))
     finally:
-        taken.unlink()
+        (manifest.folder / "takedown.json").unlink()
     assert means["validation/loss"] == pytest.approx(float(whole["loss"][1:].mean()), rel=1e-5)
 
 
