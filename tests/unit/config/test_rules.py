@@ -342,8 +342,17 @@ def test_what_the_rules_leave_alone(tmp_path: Path) -> None:
         ),
         (["encode={}"], "encode.autoencoder (command line): is missing: A folder in diffusers' layout or a hub name."),
         (
+            ["scores={weights: w.safetensors, min_aesthetic: 5.5}"],
+            "scores.min_aesthetic = 5.5 (command line): needs scores.aesthetic_head, the file of the predictor; "
+            "give it, or null",
+        ),
+        (
+            ["content_dedup={radius: 11}"],
+            "content_dedup.radius = 11 (command line): must be <= 10",
+        ),
+        (
             ["source.type=loain"],
-            'source.type = "loain" (command line): must be one of laion, digits; did you mean laion?',
+            'source.type = "loain" (command line): must be one of laion, digits, shards; did you mean laion?',
         ),
     ],
 )
