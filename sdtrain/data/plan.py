@@ -8,7 +8,7 @@ order for every size, and one of batches over them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,6 +109,34 @@ class Order:
             following = self._epochs.get(epoch + 1, lambda: self._plan_epoch(epoch + 1))
             ahead = np.concatenate([ahead, following.shards[: self._window_shards]])
         return list(dict.fromkeys(ahead.tolist()))
+
+    def positions_of(self, places: Iterable[tuple[int, int]], end: int) -> dict[tuple[int, int], list[int]]:
+        """The inverse of `sample_at`: every position below `end` at which a sample stands.
+
+        Args:
+            places: (shard, sample) of each wanted sample.
+            end: The position after the last one that counts.
+
+        Returns:
+            Ascending positions by (shard, sample).
+        """
+        by_shard: dict[int, list[int]] = {}
+        for shard, sample in places:
+            by_shard.setdefault(shard, []).append(sample)
+        found = {(shard, sample): [] for shard, samples in by_shard.items() for sample in samples}
+        for epoch in range(-(-end // self.num_samples)):
+            plan = self._epochs.get(epoch, lambda epoch=epoch: self._plan_epoch(epoch))
+            turn = np.argsort(plan.shards)  # (num_shards,) when each shard has its turn
+            for shard in sorted(by_shard, key=lambda shard: turn[shard]):
+                number = int(turn[shard]) // self._window_shards
+                at = (plan, epoch, number)
+                window = self._windows.get((epoch, number), lambda at=at: self._plan_window(*at))
+                first = epoch * self.num_samples + int(plan.window_starts[number])
+                mine = np.flatnonzero(window.shards == shard)
+                where = mine[np.argsort(window.samples[mine])]  # (shard samples,) by sample
+                for sample in by_shard[shard]:
+                    found[shard, sample].append(first + int(where[sample]))
+        return {place: [position for position in positions if position < end] for place, positions in found.items()}
 
     def _plan_epoch(self, epoch: int) -> _Epoch:
         shards = np.arange(len(self._sizes), dtype=np.int64)
@@ -253,6 +281,29 @@ class BucketedOrder:
                 shards = order.shards_ahead(given[bucket] * self._batch_size)
                 ahead += [self._shards[bucket][shard] for shard in shards]
         return ahead
+
+    def positions_of(self, places: Iterable[tuple[int, int]], end: int) -> dict[tuple[int, int], list[int]]:
+        """As `Order.positions_of`."""
+        found: dict[tuple[int, int], list[int]] = {place: [] for place in places}
+        for bucket, (order, shards) in enumerate(zip(self._orders, self._shards, strict=True)):
+            own = {shard: number for number, shard in enumerate(shards)}
+            wanted = {(own[shard], sample): (shard, sample) for shard, sample in found if shard in own}
+            batches = self._batches_of(bucket, -(-end // self._batch_size))  # (given,) their places among all batches
+            for place, local in order.positions_of(wanted, len(batches) * self._batch_size).items():
+                rows = [divmod(position, self._batch_size) for position in local]
+                positions = [int(batches[batch]) * self._batch_size + row for batch, row in rows]
+                found[wanted[place]] = [position for position in positions if position < end]
+        return found
+
+    def _batches_of(self, bucket: int, end: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Numbers below `end` of the batches that are of one bucket, in order."""
+        parts = [np.empty(0, np.int64)]
+        first = epoch = 0
+        while first < end:
+            plan = self._epochs.get(epoch, lambda epoch=epoch: self._plan_epoch(epoch))
+            parts.append(first + np.flatnonzero(plan.buckets[: end - first] == bucket))
+            first, epoch = first + len(plan.buckets), epoch + 1
+        return np.concatenate(parts)
 
     def _locate(self, position: int) -> tuple[_Batch, int]:
         """The batch that a position is in, and the position in its bucket's own order."""
