@@ -25,6 +25,7 @@ from sdtrain.config.load import load_training, refuse_on_resume
 from sdtrain.config.run import TrainingConfig, grad_accum_steps
 from sdtrain.data.manifest import Manifest
 from sdtrain.data.plan import ORDER_VERSION
+from sdtrain.data.takedown import Takedown
 from sdtrain.errors import ConfigError, ExitCode
 from sdtrain.records import Task
 from sdtrain.run_dir import RunDir
@@ -44,6 +45,7 @@ class Admitted:
 
     Attributes:
         manifest: Of its data.
+        takedown: What of it must not be read; what is added later counts from the next start.
         task: With all its networks, on the CPU.
         identity: What a resume must find unchanged.
         grad_accum_steps: Micro-steps per step at this number of ranks.
@@ -53,6 +55,7 @@ class Admitted:
     """
 
     manifest: Manifest
+    takedown: Takedown
     task: Task
     identity: Mapping[str, Any]
     grad_accum_steps: int
@@ -103,6 +106,7 @@ def admit(
         folder.refuse_unusable()
         manifest = build.load_manifest(config.data)
         build.check_manifest(config, manifest)
+        takedown = manifest.takedown
     identity = identity_of(config, manifest)
     checkpoint = _find(config, folder, resume, attempt)
     with refusing():
@@ -117,7 +121,7 @@ def admit(
         torch.manual_seed(config.seed)  # every rank initialises the same network
         task = build.build_task(config, manifest)
         max_steps = build.max_steps(config, manifest)
-    admitted = Admitted(manifest, task, identity, accumulation, max_steps, checkpoint, source)
+    admitted = Admitted(manifest, takedown, task, identity, accumulation, max_steps, checkpoint, source)
     if admitted.step < max_steps:
         _refuse_without_room(config, folder, admitted)
     return admitted

@@ -300,8 +300,12 @@ class Attempt:
         if source is not None and self.config.init_from is not None:
             facts["forked_from"] = ancestry(source, self.config.init_from.load)
             begins = f"starts with {self.config.init_from.load} of {source.path}"
+        masked = ""
+        if admitted.takedown.sha256 is not None:
+            facts["takedown_sha256"] = admitted.takedown.sha256
+            masked = f"; {len(admitted.takedown.keys)} samples are taken down and will not be read"
         self.folder.log("start", attempt=self.attempt, **facts)
-        print(f"attempt {self.attempt}: {begins}, step {start}", flush=True)
+        print(f"attempt {self.attempt}: {begins}, step {start}{masked}", flush=True)
 
     def _write_down(self) -> None:
         """Leave the resolved page and the surroundings in the run folder."""
