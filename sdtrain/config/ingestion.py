@@ -11,6 +11,7 @@ from pydantic import Field
 from sdtrain.config.base import (
     Fraction,
     NonEmptyStr,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -185,8 +186,12 @@ class DownloadConfig(Section):
     Attributes:
         contact: E-mail or URL in the user agent, so that the owner of a site can reach you.
         image_size: Side of the pictures in pixels.
-        resize_mode: `center_crop`: shorter side to image_size, then the middle.
-        only_if_bigger: Reject smaller pictures instead of enlarging them.
+        resize_mode: `center_crop`: shorter side to image_size, then the middle. `keep_ratio`: shorter side to
+            image_size, nothing cut. `border`: longer side to image_size, white around it. `buckets`: scaled and cut to
+            that shape of bucket_shapes whose aspect ratio is nearest to the picture's own.
+        bucket_shapes: Width and height of each bucket; null takes shapes of about image_size squared pixels in steps
+            of 64, from 1:2 to 2:1.
+        only_if_bigger: Reject pictures that would have to be enlarged.
         jpeg_quality: Quality of the stored JPEG files.
         samples_per_shard: Rows in one shard, before links turn out to be dead.
         processes: Downloading processes over all machines.
@@ -194,16 +199,25 @@ class DownloadConfig(Section):
         timeout_seconds: Longest silence of a server.
         total_timeout_seconds: Longest time for one picture, redirects and retries included.
         retries: Further attempts after a failure that may pass.
+        retry_round: Raise it by one to ask again, once, for the pictures of finished shards that failed for reasons
+            that may pass. What arrived before stays as it is.
         max_bytes: Bytes after which a body is cut off and counted as failed.
         max_pixels: Pixels above which a picture is refused before it is decoded.
         allowed_ports: Ports that may be connected to.
         allow_loopback: Allow 127.0.0.1; for tests and the demo only.
         max_redirects: Redirects that are followed, each checked like a first address.
+        connections_per_host: Requests at a time to one host from all processes together; each may always send one.
+        host_gap_seconds: Least time between the starts of two requests to one host from all processes together.
+        max_retry_after_seconds: Longest `Retry-After` that is waited for; a host that asks for more is left alone.
+        honored_robots_tags: Rules in a server's `X-Robots-Tag` that make a picture be left out; empty honours none.
+        blocked_urls: Text files with a URL or its sha256 in each line: never opened, be it after a redirect.
+        blocked_bytes: Text files with the sha256 or md5 of a picture's file in each line: never stored.
     """
 
     contact: NonEmptyStr | None = None
     image_size: PositiveInt = 512
-    resize_mode: Literal["center_crop"] = "center_crop"
+    resize_mode: Literal["center_crop", "keep_ratio", "border", "buckets"] = "center_crop"
+    bucket_shapes: tuple[tuple[PositiveInt, PositiveInt], ...] | None = Field(default=None, min_length=1)
     only_if_bigger: bool = True
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
     samples_per_shard: PositiveInt = 1000
@@ -212,11 +226,18 @@ class DownloadConfig(Section):
     timeout_seconds: PositiveFloat = 10.0
     total_timeout_seconds: PositiveFloat = 60.0
     retries: NonNegativeInt = 2
+    retry_round: NonNegativeInt = 0
     max_bytes: PositiveInt = 33_554_432
     max_pixels: PositiveInt = 64_000_000
     allowed_ports: tuple[Port, ...] = Field(default=(80, 443), min_length=1)
     allow_loopback: bool = False
     max_redirects: NonNegativeInt = 3
+    connections_per_host: PositiveInt = 64
+    host_gap_seconds: NonNegativeFloat = 0.0
+    max_retry_after_seconds: NonNegativeFloat = 30.0
+    honored_robots_tags: tuple[NonEmptyStr, ...] = ("noai", "noimageai")
+    blocked_urls: tuple[Path, ...] = ()
+    blocked_bytes: tuple[Path, ...] = ()
 
 
 class TokenizeConfig(Section):
@@ -339,13 +360,19 @@ def filter_ranges_are_not_empty(filter: FilterConfig) -> Iterator[Problem]:
 
 def pictures_are_big_enough(filter: FilterConfig, download: DownloadConfig) -> Iterator[Problem]:
     """Rows that the download must reject should not be asked for."""
-    if not download.only_if_bigger:
+    if not download.only_if_bigger or download.resize_mode == "border":  # which asks for one long side only
         return
     for name in ("min_width", "min_height"):
         least = getattr(filter, name)
         if least is not None and least < download.image_size:
             advice = "raise it, or set download.only_if_bigger=false"
             yield Problem(f"filter.{name}", f"must be >= download.image_size = {download.image_size}; {advice}")
+
+
+def bucket_shapes_are_used(download: DownloadConfig) -> Iterator[Problem]:
+    """Shapes without their mode would be ignored."""
+    if download.bucket_shapes is not None and download.resize_mode != "buckets":
+        yield Problem("download.bucket_shapes", f"needs download.resize_mode=buckets, not {download.resize_mode}")
 
 
 def total_time_covers_one_attempt(download: DownloadConfig) -> Iterator[Problem]:
