@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Turn raw web metadata into training shards: filter, deduplicate, download, tokenize, encode.",
-    epilog="Exit codes: 0 done, 1 bug, 2 config, 3 data (failed shards are listed in OUT/dead_letter.json), 8 storage.",
+    epilog="Exit codes: 0 done, 1 bug, 2 config, 3 data (OUT/dead_letter.json lists failed shards), 6 Ray is lost, 8 storage.",
     **PLAIN,
 )
 
@@ -93,19 +93,25 @@ def plan(
 
 @app.command(epilog="Example: sdtrain-data status configs/sd15/data.yaml")
 def status(
-    config: ConfigPath, words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None
+    target: Annotated[
+        Path, typer.Argument(metavar="CONFIG|FOLDER", help="A page of kind ingestion (YAML), or its output folder.")
+    ],
+    words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON and nothing else.")] = False,
 ) -> None:
-    """Show what each stage has committed, what is to be done and what failed."""
-    page = _load(config, words or ())
+    """Show how far each stage is, who runs it and what failed, while a run goes on or after it. Reads files only."""
     from rich.console import Console
 
-    from data_pipeline.build import executor_for, runner_for, stages_for
+    from data_pipeline.status import lines_of, read_status, table_of, to_json
 
-    runner = runner_for(page, executor_for(page), Console())
-    stages = stages_for(page)
-    _print_plans(runner, stages, stages)
-    for row in runner.failures():
-        typer.echo(f"failed: {row['stage']} {row['unit']} after {row['attempts']} attempts: {row['error']}")
+    found = read_status(target) if target.is_dir() else read_status(_load(target, words or ()).output, is_new=True)
+    if as_json:
+        typer.echo(to_json(found), nl=False)
+        return
+    if found.stages:
+        Console().print(table_of(found))
+    for line in lines_of(found):
+        typer.echo(line)
 
 
 @app.command("serve-digits", epilog="Example: sdtrain-data serve-digits data/digits --port 8123 --rows 12000")

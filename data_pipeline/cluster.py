@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import logging
 import os
-import socket
 import time
 import traceback
 from collections import deque
@@ -18,14 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from data_pipeline.ledger import sha256_file
-from sdtrain.errors import ConfigError, SdtrainError
+from data_pipeline.ray_start import dead_services, join_cluster, start_private
+from sdtrain.errors import PeerLostError, SdtrainError
 from sdtrain.run_dir import sync_folder
 
 if TYPE_CHECKING:
     from data_pipeline.stage import Stage, Unit, Work
 
-_OBJECT_STORE_BYTES = 128 << 20  # units travel as paths, so the store stays almost empty
-_PROBE_SECONDS = 10.0
+_LOOK_EVERY_SECONDS = 5.0
+_PATIENCE_SECONDS = 60.0
+"""How long a stage waits for a node that can take one of its workers."""
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -93,14 +93,21 @@ def _seal(unit: Unit, folder: Path) -> dict[str, str]:
 class Pool(Protocol):
     """The workers of one stage."""
 
-    capacity: int
+    @property
+    def capacity(self) -> int:
+        """How many attempts may be in flight now; 0 while no worker is ready."""
+        ...
 
     def submit(self, unit: Unit, folder: Path) -> None:
         """Start an attempt; at most `capacity` are in flight."""
         ...
 
     def wait(self, timeout_seconds: float) -> list[tuple[Unit, Outcome]]:
-        """Attempts that ended; empty after `timeout_seconds` without one."""
+        """Attempts that ended; empty after `timeout_seconds` without one.
+
+        Raises:
+            PeerLostError: The workers' side is gone for good.
+        """
         ...
 
 
@@ -167,9 +174,11 @@ class RayExecutor:
 
         slots = self.workers or int(ray.cluster_resources().get("CPU", 1))
         options = self._options(stage, slots)
+        room = _Room(stage.name, options, is_private=self.address is None)
         parallel = max(1, int(slots // max(options["num_cpus"], 1)))
         parallel = min(parallel, stage.needs.max_workers or parallel, num_units)
-        pool = _ActorPool(stage, options, parallel) if stage.needs.keeps_worker else _TaskPool(stage, options, parallel)
+        pool_class = _ActorPool if stage.needs.keeps_worker else _TaskPool
+        pool = pool_class(stage, options, parallel, room)
         try:
             yield pool
         finally:
@@ -187,40 +196,11 @@ class RayExecutor:
     def _join(self) -> None:
         if self._joined:
             return
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault(
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-        )  # leave CUDA_VISIBLE_DEVICES of CPU tasks alone
-        import ray
-
-        try:
-            if self.address is None:
-                self._start_private()
-            else:
-                _probe(self.address)
-                ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
-        except OSError as error:
-            raise ConfigError(
-                f"runner.address: {self.address!r}: no Ray cluster answers ({error}); "
-                "start one with `ray start --head`, or leave the key out to run on this machine"
-            ) from None
+        if self.address is None:
+            start_private(self.workers or os.cpu_count() or 1, self.memory_per_worker_bytes)
+        else:
+            join_cluster(self.address)
         self._joined = True
-
-    def _start_private(self) -> None:
-        import ray
-
-        workers = self.workers or os.cpu_count() or 1
-        memory = self.memory_per_worker_bytes
-        ray.init(
-            address="local",
-            num_cpus=workers,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            _memory=None if memory is None else memory * workers,
-            _node_ip_address="127.0.0.1",
-        )
 
     def __enter__(self) -> RayExecutor:
         return self
@@ -232,17 +212,6 @@ class RayExecutor:
 
             ray.shutdown()
             self._joined = False
-
-
-def _probe(address: str) -> None:
-    """Fail within seconds where `host:port` does not answer; Ray itself would wait for minutes.
-
-    Raises:
-        OSError: Nothing listens there, or the address has no such form.
-    """
-    host, separator, port = address.rpartition(":")
-    if separator and "//" not in address and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
 
 
 def _task(stage: Stage, unit: Unit, folder: Path) -> Outcome:
@@ -260,6 +229,9 @@ class _Keeper:
         self._stage = stage
         self._work: Work | None = None
 
+    def ready(self) -> None:
+        """Answers as soon as the actor is up."""
+
     def run(self, unit: Unit, folder: Path) -> Outcome:
         try:
             self._work = self._work or self._stage.worker()
@@ -268,21 +240,94 @@ class _Keeper:
         return execute(self._work, unit, folder)
 
 
+@dataclass
+class _Room:
+    """Whether the nodes that are alive can still take a worker.
+
+    Attributes:
+        stage_name: For the message.
+        options: What one worker takes, in Ray's words.
+        is_private: Ray's own processes are children of this one.
+    """
+
+    stage_name: str
+    options: Mapping[str, Any]
+    is_private: bool
+    _looked: float = field(default=0.0, init=False)
+    _last_seen: float = field(default_factory=time.monotonic, init=False)
+
+    def check(self) -> None:
+        """Look at most every few seconds; cheap enough for every turn of a loop.
+
+        Raises:
+            PeerLostError: Ray itself died, or no node could take a worker for a minute.
+        """
+        if self.is_private and (dead := dead_services()):
+            raise PeerLostError(
+                f"stage {self.stage_name}: Ray's {' and '.join(dead)} died (killed, or out of memory); "
+                "what is committed stands, run again to go on"
+            )
+        now = time.monotonic()
+        if now - self._looked < _LOOK_EVERY_SECONDS:
+            return
+        self._looked = now
+        if any(self._fits(node["Resources"]) for node in self._alive()):
+            self._last_seen = now
+        elif now - self._last_seen > _PATIENCE_SECONDS:
+            raise PeerLostError(self._message())
+
+    def _alive(self) -> list[dict[str, Any]]:
+        import ray
+
+        return [node for node in ray.nodes() if node["Alive"]]
+
+    def _wanted(self) -> dict[str, float]:
+        names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+        return {ray_name: self.options[name] for name, ray_name in names.items() if self.options.get(name)}
+
+    def _fits(self, resources: Mapping[str, float]) -> bool:
+        return all(resources.get(name, 0) >= amount for name, amount in self._wanted().items())
+
+    def _message(self) -> str:
+        wanted = ", ".join(f"{name} {amount:g}" for name, amount in self._wanted().items())
+        nodes = [
+            ", ".join(f"{name} {node['Resources'].get(name, 0):g}" for name in self._wanted()) for node in self._alive()
+        ]
+        there = "; ".join(nodes) or "none"
+        return (
+            f"stage {self.stage_name}: for {_PATIENCE_SECONDS:.0f} s no node could take a worker ({wanted}); nodes "
+            f"alive: {there}. What is committed stands: bring nodes back or lower runner.memory_per_worker_bytes, "
+            "and run again"
+        )
+
+
 class _RayPool:
     """Attempts in flight by Ray reference."""
 
-    def __init__(self, parallel: int, queued: int):
-        self.capacity = parallel + queued
+    def __init__(self, room: _Room):
+        self._room = room
         self._in_flight: dict[Any, Unit] = {}
 
     def wait(self, timeout_seconds: float) -> list[tuple[Unit, Outcome]]:
-        import ray
-
-        if not self._in_flight:
+        self._room.check()
+        references = [*self._in_flight, *self._others()]
+        if not references:
             time.sleep(timeout_seconds)
             return []
-        ready, _ = ray.wait(list(self._in_flight), num_returns=1, timeout=timeout_seconds)
-        return [(self._in_flight.pop(reference), self._fetch(reference)) for reference in ready]
+        import ray
+
+        ready, _ = ray.wait(references, num_returns=1, timeout=timeout_seconds)
+        for reference in ready:
+            if reference not in self._in_flight:
+                self._take_other(reference)
+        return [(self._in_flight.pop(one), self._fetch(one)) for one in ready if one in self._in_flight]
+
+    def _others(self) -> list[Any]:
+        """References beside those of units."""
+        return []
+
+    def _take_other(self, reference: Any) -> None:
+        """One of them is ready."""
 
     def _fetch(self, reference: Any) -> Outcome:
         import ray
@@ -297,10 +342,11 @@ class _RayPool:
 
 
 class _TaskPool(_RayPool):
-    def __init__(self, stage: Stage, options: dict[str, Any], parallel: int):
+    def __init__(self, stage: Stage, options: dict[str, Any], parallel: int, room: _Room):
         import ray
 
-        super().__init__(parallel, queued=parallel)
+        super().__init__(room)
+        self.capacity = 2 * parallel  # as many wait beside a worker, so that none is idle
         self._stage = ray.put(stage)
         self._remote: Any = ray.remote(max_retries=0, **options)(_task)
 
@@ -316,17 +362,44 @@ class _TaskPool(_RayPool):
 
 
 class _ActorPool(_RayPool):
-    def __init__(self, stage: Stage, options: dict[str, Any], parallel: int):
+    """Only actors that are up get units: one that waits for a GPU or a node would hold its unit for ever."""
+
+    def __init__(self, stage: Stage, options: dict[str, Any], parallel: int, room: _Room):
         import ray
 
-        super().__init__(parallel, queued=0)
+        super().__init__(room)
         self._stage = ray.put(stage)
         self._actor_class: Any = ray.remote(max_restarts=0, **options)(_Keeper)
+        self._starting: dict[Any, Any] = {}
         self._idle: list[Any] = []
         self._busy: dict[Any, Any] = {}
+        for _ in range(parallel):
+            self._hire()
+
+    @property
+    def capacity(self) -> int:
+        return len(self._idle) + len(self._busy)
+
+    def _hire(self) -> None:
+        actor = self._actor_class.remote(self._stage)
+        self._starting[actor.ready.remote()] = actor
+
+    def _others(self) -> list[Any]:
+        return list(self._starting)
+
+    def _take_other(self, reference: Any) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        actor = self._starting.pop(reference)
+        try:
+            ray.get(reference)
+            self._idle.append(actor)
+        except RayError:
+            self._hire()
 
     def submit(self, unit: Unit, folder: Path) -> None:
-        actor = self._idle.pop() if self._idle else self._actor_class.remote(self._stage)
+        actor = self._idle.pop()
         reference = actor.run.remote(unit, folder)
         self._in_flight[reference] = unit
         self._busy[reference] = actor
@@ -338,11 +411,12 @@ class _ActorPool(_RayPool):
             self._idle.append(actor)
         else:  # a worker that stumbled is not trusted with the next unit: its process may be half broken
             _kill(actor)
+            self._hire()
         return outcome
 
     def close(self) -> None:
         """End every actor."""
-        for actor in [*self._idle, *self._busy.values()]:
+        for actor in [*self._starting.values(), *self._idle, *self._busy.values()]:
             _kill(actor)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtrain.run_dir import append_json_line, read_json_lines
+from sdtrain.run_dir import append_json_line, read_json_lines, write_atomically
 
 _BLOCK_BYTES = 1 << 20
 
@@ -125,3 +125,27 @@ class Ledger:
         """Record that a unit is no longer part of the stage."""
         append_json_line(self.path, {"unit": unit, "removed": True}, durable=True)
         self._commits.pop(unit, None)
+
+
+class DeadLetters:
+    """The units that failed for good, of all stages: stage, unit, inputs, error, traceback, attempts.
+
+    Args:
+        path: `dead_letter.json`, replaced as a whole at every change.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The list as it stands."""
+        if not self.path.exists():
+            return []
+        return json.loads(self.path.read_text(encoding="utf-8"))
+
+    def replace(self, stage: str, dead: Iterable[Mapping[str, Any]]) -> None:
+        """Make `dead` the whole list of one stage; the others' stay."""
+        before = self.rows()
+        after = [*(row for row in before if row["stage"] != stage), *dead]
+        if after != before:
+            write_atomically(self.path, json.dumps(after, indent=2) + "\n")

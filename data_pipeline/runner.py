@@ -21,16 +21,18 @@ from typing import Any
 
 from rich.console import Console
 
-from data_pipeline.cluster import Done, Executor, Failed, Pool
-from data_pipeline.ledger import Commit, DigestCache, Ledger
-from data_pipeline.progress import StageProgress
+from data_pipeline.cluster import Done, Executor, Failed, Outcome, Pool
+from data_pipeline.ledger import Commit, DeadLetters, DigestCache, Ledger
+from data_pipeline.progress import RunProgress, StageProgress, rows_of
 from data_pipeline.stage import Needs, Stage, Unit, Work, numbered_files, one_to_one
 from sdtrain.errors import DataError, StorageError
-from sdtrain.run_dir import sync_folder, write_atomically
+from sdtrain.run_dir import sync_folder
 
 _POLL_SECONDS = 0.5
 _MAX_BACKOFF_SECONDS = 30.0
+_LIST_EVERY_SECONDS = 2.0
 _MAX_SHOWN = 5
+DEAD_LETTER_FILE = "dead_letter.json"
 
 __all__ = ["Needs", "Plan", "Runner", "Stage", "Unit", "Work", "choose", "numbered_files", "one_to_one"]
 
@@ -71,6 +73,48 @@ class Plan:
         return f"{text}; {'; '.join(shown)}" if shown else text
 
 
+class _StageWork:
+    """What is still to be done for a stage.
+
+    Attributes:
+        waiting: A heap by (not before, number).
+        in_flight: How many attempts the pool has.
+        attempts: Attempts so far, by unit.
+        failures: Units that will not be tried again, with their last outcome.
+        shown: Follows it all.
+    """
+
+    def __init__(self, todo: Sequence[Unit], shown: StageProgress):
+        self.waiting = [(0.0, unit.index, unit) for unit in todo]
+        self.in_flight = 0
+        self.attempts: Counter[str] = Counter()
+        self.failures: list[tuple[Unit, Failed]] = []
+        self.shown = shown
+        self._listed = 0
+        self._list_at = 0.0
+
+    def is_list_due(self) -> bool:
+        """Whether there are new failures to be listed; seldom, since the list is written as a whole."""
+        if len(self.failures) == self._listed or time.monotonic() < self._list_at:
+            return False
+        self._listed, self._list_at = len(self.failures), time.monotonic() + _LIST_EVERY_SECONDS
+        return True
+
+    def dead_letters(self, stage_name: str) -> list[dict[str, Any]]:
+        """The failures as rows of the dead-letter list, in the units' order."""
+        return [
+            {
+                "stage": stage_name,
+                "unit": unit.name,
+                "inputs": [str(path) for path in unit.inputs],
+                "error": failed.message,
+                "traceback": failed.details,
+                "attempts": self.attempts[unit.name],
+            }
+            for unit, failed in sorted(self.failures, key=lambda item: item[0].index)
+        ]
+
+
 class Runner:
     """Brings stages up to date, one after another.
 
@@ -97,11 +141,7 @@ class Runner:
         self._backoff_seconds = backoff_seconds
         self._console = console or Console()
         self._digests = DigestCache(output / "digests.jsonl")
-
-    @property
-    def dead_letter_file(self) -> Path:
-        """The list of units that failed: stage, unit, inputs, error, traceback, attempts."""
-        return self._output / "dead_letter.json"
+        self.dead_letters = DeadLetters(output / DEAD_LETTER_FILE)
 
     def run(self, stages: Sequence[Stage], only: Sequence[str] = ()) -> None:
         """Bring `stages`, or those that `only` names, up to date.
@@ -109,15 +149,20 @@ class Runner:
         Raises:
             DataError: Units failed for good (listed in the dead-letter file), a stage before the chosen ones is not up
                 to date, or another run works on the same folder.
+            PeerLostError: Ray died, or every node that could go on.
             StorageError: The disk is full or refuses writes.
         """
         chosen = choose(stages, only)
         last = max(index for index, stage in enumerate(stages) if stage.name in chosen)
-        with self._locked():
+        folders = {stage.name: stage.folder for stage in stages}
+        with self._locked(), RunProgress(self._output, folders, sorted(chosen)) as progress:
+            _sweep(self._output)
             for stage in stages[: last + 1]:
+                if stage.name in chosen:
+                    progress.tell(stage.name, {"state": "checking"})
                 plan = self.plan(stage)
                 if stage.name in chosen:
-                    self._run_stage(plan)
+                    self._run_stage(plan, progress)
                 elif not plan.is_current:
                     raise DataError(f"stage {stage.name} is not up to date ({plan.summary()}); run it as well")
 
@@ -160,7 +205,7 @@ class Runner:
             digests[str(name)] = self._digests.sha256(path)
         return digests
 
-    def _run_stage(self, plan: Plan) -> None:
+    def _run_stage(self, plan: Plan, progress: RunProgress) -> None:
         stage = plan.stage
         self._console.print(plan.summary(), highlight=False, markup=False, soft_wrap=True)
         stage.folder.mkdir(parents=True, exist_ok=True)
@@ -168,55 +213,69 @@ class Runner:
         ledger = Ledger(stage.folder)
         for name in plan.obsolete:
             _remove_unit(stage.folder, ledger, name)
-        if plan.reasons:
-            self._work(plan, ledger)
-        self._forget_failures(stage.name)
+        self._work(plan, ledger, progress)
+        self.dead_letters.replace(stage.name, [])
         stats = [_commit_of(ledger, unit).stats for unit in plan.units]
         report = stage.report(stats)
         if report is not None:
             self._console.print(report, highlight=False, markup=False, soft_wrap=isinstance(report, str))
+        progress.tell(stage.name, {"state": "done"})
 
-    def _work(self, plan: Plan, ledger: Ledger) -> None:
+    def _work(self, plan: Plan, ledger: Ledger, progress: RunProgress) -> None:
         """Keep the stage's workers busy until every unit is committed or dead."""
-        todo = [unit for unit in plan.units if unit.name in plan.reasons]
-        attempts: Counter[str] = Counter()
-        waiting = [(0.0, unit.index, unit) for unit in todo]  # a heap by (not before, number)
-        failures: list[tuple[Unit, Failed]] = []
-        in_flight = 0
+        stage, todo = plan.stage, [unit for unit in plan.units if unit.name in plan.reasons]
+        standing = [ledger.get(unit.name) for unit in plan.units if unit.name not in plan.reasons]
+        shown = StageProgress(
+            self._console,
+            stage.name,
+            len(plan.units),
+            len(standing),
+            rows=sum(rows_of(commit.stats) for commit in standing if commit is not None),
+            tell=lambda facts, at_once: progress.tell(stage.name, {"state": "running", **facts}, at_once=at_once),
+        )
+        if not todo:
+            progress.tell(stage.name, shown.facts())
+            return
+        work = _StageWork(todo, shown)
         with ExitStack() as stack:
-            pool = stack.enter_context(self._executor.pool(plan.stage, len(todo)))
-            done = len(plan.units) - len(todo)
-            progress = stack.enter_context(StageProgress(self._console, plan.stage.name, len(plan.units), done))
-            while waiting or in_flight:
-                in_flight += self._submit(pool, plan.stage, waiting, attempts, in_flight)
+            pool = stack.enter_context(self._executor.pool(stage, len(todo)))
+            stack.enter_context(shown)
+            while work.waiting or work.in_flight:
+                self._submit(pool, stage, work)
                 for unit, outcome in pool.wait(_POLL_SECONDS):
-                    in_flight -= 1
-                    if isinstance(outcome, Done):
-                        self._commit(plan, unit, outcome, ledger, attempts[unit.name])
-                        progress.advance()
-                    elif outcome.is_final or attempts[unit.name] >= self._max_attempts:
-                        failures.append((unit, outcome))
-                        progress.advance(failed=True)
-                    else:
-                        delay = min(self._backoff_seconds * 2 ** (attempts[unit.name] - 1), _MAX_BACKOFF_SECONDS)
-                        heapq.heappush(waiting, (time.monotonic() + delay, unit.index, unit))
-                if any(outcome.is_storage for _, outcome in failures):
+                    self._settle(plan, ledger, work, unit, outcome)
+                shown.beat()
+                if any(outcome.is_storage for _, outcome in work.failures):
                     break  # every other unit would meet the same full disk
-        _sweep(plan.stage.folder)
-        if failures:
-            self._give_up(plan.stage, sorted(failures, key=lambda item: item[0].index), len(plan.units), attempts)
+                if work.is_list_due():
+                    self.dead_letters.replace(stage.name, work.dead_letters(stage.name))
+        _sweep(stage.folder)
+        if work.failures:
+            self._give_up(stage, work, len(plan.units))
 
-    def _submit(
-        self, pool: Pool, stage: Stage, waiting: list[tuple[float, int, Unit]], attempts: Counter[str], in_flight: int
-    ) -> int:
-        """Fill the pool with units whose time has come; returns how many were started."""
-        started = 0
-        while waiting and in_flight + started < pool.capacity and waiting[0][0] <= time.monotonic():
-            unit = heapq.heappop(waiting)[2]
-            attempts[unit.name] += 1
-            pool.submit(unit, _temporary_folder(stage.folder, unit, attempts[unit.name]))
-            started += 1
-        return started
+    def _settle(self, plan: Plan, ledger: Ledger, work: _StageWork, unit: Unit, outcome: Outcome) -> None:
+        """Commit what is done; try again what may heal; bury the rest."""
+        attempt = work.attempts[unit.name]
+        work.in_flight -= 1
+        if isinstance(outcome, Done):
+            self._commit(plan, unit, outcome, ledger, attempt)
+            work.shown.advance(unit.name, rows=rows_of(outcome.stats))
+        elif outcome.is_final or attempt >= self._max_attempts:
+            work.failures.append((unit, outcome))
+            work.shown.advance(unit.name, failed=True)
+        else:
+            delay = min(self._backoff_seconds * 2 ** (attempt - 1), _MAX_BACKOFF_SECONDS)
+            heapq.heappush(work.waiting, (time.monotonic() + delay, unit.index, unit))
+            work.shown.retry(unit.name)
+
+    def _submit(self, pool: Pool, stage: Stage, work: _StageWork) -> None:
+        """Fill the pool with units whose time has come."""
+        while work.waiting and work.in_flight < pool.capacity and work.waiting[0][0] <= time.monotonic():
+            unit = heapq.heappop(work.waiting)[2]
+            work.attempts[unit.name] += 1
+            work.in_flight += 1
+            work.shown.start(unit.name, work.attempts[unit.name])
+            pool.submit(unit, _temporary_folder(stage.folder, unit, work.attempts[unit.name]))
 
     def _commit(self, plan: Plan, unit: Unit, done: Done, ledger: Ledger, attempt: int) -> None:
         """Rename the unit's files into place, then write the ledger row: only the row says that they count."""
@@ -247,55 +306,28 @@ class Runner:
                 raise
             raise StorageError(f"{stage.folder}: cannot commit unit {unit.name}: {error.strerror}") from error
 
-    def _give_up(self, stage: Stage, failures: list[tuple[Unit, Failed]], total: int, attempts: Counter[str]) -> None:
-        """Write the dead-letter list and stop.
+    def _give_up(self, stage: Stage, work: _StageWork, total: int) -> None:
+        """Say what failed, and stop.
 
         Raises:
             DataError: Always, unless the disk is at fault.
             StorageError: The disk is full or refuses writes.
         """
+        failures = sorted(work.failures, key=lambda item: item[0].index)
         full = next(((unit, failed) for unit, failed in failures if failed.is_storage), None)
         if full is not None:
             raise StorageError(
                 f"{stage.folder}: cannot write unit {full[0].name}: {full[1].message}; make room, run again"
             )
-        dead = [
-            {
-                "stage": stage.name,
-                "unit": unit.name,
-                "inputs": [str(path) for path in unit.inputs],
-                "error": failed.message,
-                "traceback": failed.details,
-                "attempts": attempts[unit.name],
-            }
-            for unit, failed in failures
-        ]
-        self._write_failures([*self._failures_of_others(stage.name), *dead])
+        self.dead_letters.replace(stage.name, work.dead_letters(stage.name))
         lines = [f"  {unit.name}: {failed.message}" for unit, failed in failures[:_MAX_SHOWN]]
         if len(failures) > _MAX_SHOWN:
             lines.append(f"  and {len(failures) - _MAX_SHOWN} more")
         raise DataError(
             f"stage {stage.name}: {len(failures)} of {total} units failed\n"
             + "\n".join(lines)
-            + f"\nall are listed in {self.dead_letter_file}; running again tries only what is missing"
+            + f"\nall are listed in {self.dead_letters.path}; running again tries only what is missing"
         )
-
-    def failures(self) -> list[dict[str, Any]]:
-        """The dead-letter list as it stands."""
-        if not self.dead_letter_file.exists():
-            return []
-        return json.loads(self.dead_letter_file.read_text(encoding="utf-8"))
-
-    def _failures_of_others(self, stage_name: str) -> list[dict[str, Any]]:
-        return [row for row in self.failures() if row["stage"] != stage_name]
-
-    def _forget_failures(self, stage_name: str) -> None:
-        others = self._failures_of_others(stage_name)
-        if len(others) != len(self.failures()):
-            self._write_failures(others)
-
-    def _write_failures(self, rows: list[dict[str, Any]]) -> None:
-        write_atomically(self.dead_letter_file, json.dumps(rows, indent=2) + "\n")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -330,9 +362,11 @@ def _temporary_folder(folder: Path, unit: Unit, attempt: int) -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed runs and failed attempts left behind."""
+    """Remove what killed runs and failed attempts left behind: workers' folders, files that were not renamed yet."""
     for path in folder.glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*.tmp"):  # of sdtrain.run_dir.write_atomically
+        path.unlink(missing_ok=True)
 
 
 def _present_units(folder: Path, ledger: Ledger) -> set[str]:

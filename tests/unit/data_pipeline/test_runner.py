@@ -180,14 +180,14 @@ def test_failed_units_go_to_the_dead_letter_list_and_the_others_are_kept(bench):
         f"all are listed in {bench.output / 'dead_letter.json'}; running again tries only what is missing"
     )
     assert stage.calls.count("00000") == 1 and stage.calls.count("00001") == 3
-    rows = bench.runner().failures()
+    rows = bench.runner().dead_letters.rows()
     assert [(row["stage"], row["unit"], row["attempts"]) for row in rows] == [
         ("upper", "00000", 1),
         ("upper", "00001", 3),
     ]
     assert "ValueError: boom" in rows[1]["traceback"] and rows[0]["inputs"] == [str(bench.source / "00000.txt")]
     bench.run(healed := bench.stage())
-    assert healed.calls == ["00000", "00001"] and bench.runner().failures() == []
+    assert healed.calls == ["00000", "00001"] and bench.runner().dead_letters.rows() == []
 
 
 def test_a_full_disk_stops_the_stage_with_its_own_exit_code(bench):
