@@ -395,5 +395,6 @@ INGESTION_RULES = (
     filter_ranges_are_not_empty,
     pictures_are_big_enough,
     total_time_covers_one_attempt,
+    bucket_shapes_are_used,
     thresholds_have_a_score,
 )
