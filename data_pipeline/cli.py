@@ -22,7 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Turn raw web metadata into training shards: filter, deduplicate, download, tokenize, encode.",
-    epilog="Exit codes: 0 done, 1 bug, 2 config, 3 data (OUT/dead_letter.json lists failed shards), 6 Ray is lost, 8 storage.",
+    epilog="Exit codes: 0 done, 1 bug, 2 config, 3 data (failed shards are listed in OUT/dead_letter.json), 6 Ray died, "
+    "8 storage.",
     **PLAIN,
 )
 

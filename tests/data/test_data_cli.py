@@ -98,12 +98,11 @@ def test_until_takes_all_stages_up_to_one(page, capsys):
     assert "there is no stage 'fitler'" in capsys.readouterr().err
 
 
-def test_status_says_what_waits_for_what_and_what_failed(page, capsys, tmp_path):
+def test_status_says_how_far_each_stage_is_and_what_failed(page, capsys, tmp_path):
     assert call("status", page) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["metadata: 0 of 3 up to date; 3 new", "filter: waits for metadata"]
+    assert capsys.readouterr().out == "nothing has run yet\n"
     (tmp_path / "world/metadata/part-00001.parquet").write_bytes(b"cut")
-    assert call("run", page, "metadata") == 3
+    assert call("run", page, "--until", "filter") == 3
     message = capsys.readouterr().err
     assert (
         message.startswith("sdtrain-data: stage metadata: 1 of 3 units failed\n  00001: ")
@@ -111,8 +110,21 @@ def test_status_says_what_waits_for_what_and_what_failed(page, capsys, tmp_path)
     )
     assert call("status", page) == 0
     printed = capsys.readouterr().out
-    assert "metadata: 2 of 3 up to date; 1 new" in printed
+    assert re.search(r"metadata +│ failed +│ +2/3 │ +1 │", printed) and re.search(r"filter +│ waiting", printed)
+    assert "ended as failed after" in printed and ": stage metadata: 1 of 3 units failed" in printed
     assert "failed: metadata 00001 after 1 attempts: " in printed and "not a readable parquet file" in printed
+    assert call("status", tmp_path / "out", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["attempt"]["state"] == "failed" and [row["unit"] for row in found["dead_letters"]] == ["00001"]
+    assert [(row["name"], row["state"], row["done"]) for row in found["stages"]] == [
+        ("metadata", "failed", 2),
+        ("filter", "waiting", 0),
+    ]
+
+
+def test_status_of_a_folder_without_a_run_is_a_config_error(capsys, tmp_path):
+    assert call("status", tmp_path) == 2
+    assert "no ingestion run has worked here: it is no folder with progress.json or" in capsys.readouterr().err
 
 
 def test_users_errors_are_one_message_and_their_exit_code(page, capsys, tmp_path):

@@ -1,0 +1,115 @@
+"""How Ray is started on this machine, or a running cluster joined, with its tokens; and how its death is noticed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from pathlib import Path
+
+from sdtrain.errors import ConfigError
+
+_OBJECT_STORE_BYTES = 128 << 20  # units travel as paths, so the store stays almost empty
+_PROBE_SECONDS = 10.0
+_HOW_TO_START = "start a cluster with `ray start --head`, or leave the key out to run on this machine"
+
+
+def start_private(workers: int, memory_per_worker_bytes: int | None) -> None:
+    """Start Ray on loopback; its processes are children of this one and die with it.
+
+    Args:
+        workers: CPU slots.
+        memory_per_worker_bytes: What each may reserve; None declares what the machine has.
+    """
+    _set_environment()
+    if _token_source() is None:  # Ray would leave one in the home folder, readable by everybody
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=workers,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _memory=None if memory_per_worker_bytes is None else memory_per_worker_bytes * workers,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def _set_environment() -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # leave CUDA_VISIBLE_DEVICES of CPU tasks alone
+
+
+def join_cluster(address: str) -> None:
+    """Join a running cluster.
+
+    Where RAY_AUTH_MODE is not set, Ray uses a token that it finds if the address is `auto`, and none otherwise; here it
+    is used for every address.
+
+    Raises:
+        ConfigError: Nothing answers, or the cluster does not take this process's token.
+    """
+    _set_environment()
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it would tell each of its twenty attempts
+    import ray
+    from ray._private.authentication import authentication_token_setup
+    from ray.exceptions import AuthenticationError
+
+    where = f"runner.address: {address!r}"
+    token = _token_source()
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        _probe(address)
+    except OSError as error:
+        raise ConfigError(f"{where}: no Ray cluster answers ({error}); {_HOW_TO_START}") from None
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, AuthenticationError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ConfigError(f"{where}: cannot join ({first_line}). {_token_advice(token)}; {_HOW_TO_START}") from None
+
+
+def _token_source() -> str | None:
+    """Where Ray finds this process's token, in its own order; None where there is none."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "the environment variable RAY_AUTH_TOKEN"
+    if os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return f"the file {os.environ['RAY_AUTH_TOKEN_PATH']} (RAY_AUTH_TOKEN_PATH)"
+    path = Path.home() / ".ray" / "auth_token"
+    return f"the file {path}" if path.is_file() else None
+
+
+def _token_advice(source: str | None) -> str:
+    """What to look at where a cluster may have refused a token."""
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        return "RAY_AUTH_MODE=disabled sends no token, and a cluster asks for one by default: unset it"
+    if source is None:
+        return (
+            "A cluster asks for a token by default, and there is none here: put the head's "
+            "(`ray get-auth-token` there) into a file of mode 600 and set RAY_AUTH_TOKEN_PATH to it"
+        )
+    return f"If it is up, it refuses the token from {source}: compare it with `ray get-auth-token` on the head"
+
+
+def _probe(address: str) -> None:
+    """Fail within seconds where `host:port` does not answer; Ray itself would wait for minutes.
+
+    Raises:
+        OSError: Nothing listens there, or the address has no such form.
+    """
+    host, separator, port = address.rpartition(":")
+    if separator and "//" not in address and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
+
+
+def dead_services() -> list[str]:
+    """Names of those processes of a private Ray that are dead; it does not end by itself without them."""
+    from ray._private import worker
+
+    node = worker._global_node
+    found = [] if node is None else node.dead_processes()
+    return sorted({str(name) for name, _ in found} & {"raylet", "gcs_server"})
