@@ -141,9 +141,10 @@ def _parse(page: Mapping[str, Any]) -> Takedown:
         raise ValueError(f"version {page['version']!r} found, {TAKEDOWN_VERSION} is read")
     entries, stated = [], []
     for row in page["entries"]:
-        stated.append(row["sha256"])
-        lists = {name: tuple(row[name]) for name in ("requests", "keys")}
-        entries.append(Entry(**{name: value for name, value in row.items() if name != "sha256"} | lists))
+        facts: dict[str, Any] = dict(row)
+        stated.append(facts.pop("sha256"))
+        facts |= {name: tuple(row[name]) for name in ("requests", "keys")}
+        entries.append(Entry(**facts))
     found = Takedown(tuple(entries))
     for number, (entry, said, is_so) in enumerate(zip(entries, stated, found.digests, strict=True), start=1):
         if not all(isinstance(text, str) for text in (*entry.requests, *entry.keys)):
