@@ -114,6 +114,9 @@ def inspect(
     audit: Annotated[
         bool, typer.Option("--audit", help="Prove by the ledger that no sample was lost or repeated; 4 if it was.")
     ] = False,
+    seen: Annotated[
+        Path | None, typer.Option(metavar="KEYS", help="Say which steps saw the samples whose keys a file lists.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a run's checkpoints, the proof of its sample order, and how it last ended."""
@@ -121,6 +124,11 @@ def inspect(
         from sdtrain.evaluation.audit import audit as prove
 
         prove(run, as_json=as_json)
+        return
+    if seen is not None:
+        from sdtrain.evaluation.exposure import show_seen
+
+        show_seen(run, seen, as_json=as_json)
         return
     from sdtrain.evaluation.inspect_run import inspect as show
 
