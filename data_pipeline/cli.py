@@ -22,8 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Turn raw web metadata into training shards: filter, deduplicate, download, tokenize, encode.",
-    epilog="Exit codes: 0 done, 1 bug, 2 config, 3 data (failed shards are listed in OUT/dead_letter.json), 6 Ray died, "
-    "8 storage.",
+    epilog="Exit codes: 0 done, 1 bug, 2 config, 3 data (failed shards are listed in OUT/dead_letter.json), 6 Ray is "
+    "gone, 8 storage.",
     **PLAIN,
 )
 
@@ -103,14 +103,14 @@ def status(
     """Show how far each stage is, who runs it and what failed, while a run goes on or after it. Reads files only."""
     from rich.console import Console
 
-    from data_pipeline.status import lines_of, read_status, table_of, to_json
+    from data_pipeline.status import TABLE_WIDTH, lines_of, read_status, table_of, to_json
 
     found = read_status(target) if target.is_dir() else read_status(_load(target, words or ()).output, is_new=True)
     if as_json:
         typer.echo(to_json(found), nl=False)
         return
     if found.stages:
-        Console().print(table_of(found))
+        Console(width=TABLE_WIDTH).print(table_of(found))
     for line in lines_of(found):
         typer.echo(line)
 

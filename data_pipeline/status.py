@@ -17,6 +17,7 @@ from data_pipeline.progress import PROGRESS_FILE, read_progress, rows_of, start_
 from data_pipeline.runner import DEAD_LETTER_FILE
 from sdtrain.errors import ConfigError
 
+TABLE_WIDTH = 110
 _SILENT_SECONDS = 60.0
 """A run on another machine that wrote nothing for so long may be dead; it writes each second while units are done."""
 
@@ -172,11 +173,11 @@ def to_json(status: Status) -> str:
 
 def table_of(status: Status) -> Table:
     """The stages, for the terminal."""
-    table = Table(title=status.folder, title_justify="left")
+    table = Table(title=status.folder, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for header in ("stage", "state"):
-        table.add_column(header)
+        table.add_column(header, no_wrap=True)
     for header in ("units", "failed", "in flight", "rows", "units/s", "rows/s", "left"):
-        table.add_column(header, justify="right")
+        table.add_column(header, no_wrap=True, justify="right")
     for stage in status.stages:
         total = "?" if stage.units is None else f"{stage.units:,}"
         table.add_row(
@@ -187,7 +188,7 @@ def table_of(status: Status) -> Table:
             f"{stage.in_flight:,}" if stage.in_flight else "",
             f"{stage.rows:,}" if stage.rows else "",
             "" if stage.units_per_second is None else f"{stage.units_per_second:.3g}",
-            f"{stage.rows_per_second:.3g}" if stage.rows_per_second else "",
+            f"{stage.rows_per_second:,.0f}" if stage.rows_per_second else "",
             "" if stage.seconds_left is None else duration(stage.seconds_left),
         )
     return table
