@@ -95,14 +95,19 @@ class Takedown:
         count = self.digests.index(sha256) + 1 if sha256 in self.digests else 0
         return Takedown(self.entries[:count])
 
-    def pending(self, manifest_sha256: str) -> frozenset[str]:
-        """Requests that were never looked up in a manifest, because it is younger than they are."""
+    def asked(self, manifest_sha256: str) -> frozenset[str]:
+        """Requests that were looked up in a manifest."""
         return frozenset(
             request
             for entry in self.entries
-            if manifest_sha256 not in {one["sha256"] for one in entry.manifests.values()}
+            if manifest_sha256 in {one["sha256"] for one in entry.manifests.values()}
             for request in entry.requests
         )
+
+    def pending(self, manifest_sha256: str) -> frozenset[str]:
+        """Requests that were never looked up in a manifest, because it is younger than they are."""
+        every = frozenset(request for entry in self.entries for request in entry.requests)
+        return every - self.asked(manifest_sha256)
 
     def to_json(self) -> str:
         """The file's text."""

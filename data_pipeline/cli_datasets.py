@@ -1,0 +1,54 @@
+"""Commands of `sdtrain-data` for data sets that stand: take samples down, write the data card, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(rich_markup_mode=None)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
+
+
+@app.command(
+    epilog="Example: sdtrain-data takedown list.txt --root data --run runs/sd15 --reason 'mail of 21 November'"
+)
+def takedown(
+    requests: Annotated[
+        Path, typer.Argument(metavar="LIST", help="Text: a URL, sha256 of a URL or picture, or key in each line.")
+    ],
+    manifest: Annotated[
+        list[Path] | None, typer.Option(help="A manifest; all in its folder are masked. May be repeated.")
+    ] = None,
+    root: Annotated[
+        list[Path] | None, typer.Option(help="A folder that is searched for manifests. May be repeated.")
+    ] = None,
+    run: Annotated[
+        list[Path] | None, typer.Option(help="A training's run folder: say which steps saw them. May be repeated.")
+    ] = None,
+    reason: Annotated[str | None, typer.Option(help="Why, for the record.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be masked, and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Mask samples in every manifest of a data set, for good, without moving any other sample."""
+    from rich.console import Console
+
+    from data_pipeline.takedown import take_down
+    from data_pipeline.takedown_report import refuse_gaps, show, to_json
+
+    report = take_down(
+        requests,
+        manifests=manifest or (),
+        roots=root or (),
+        runs=run or (),
+        reason=reason,
+        dry_run=dry_run,
+        console=Console(stderr=True, quiet=as_json),
+    )
+    if as_json:
+        typer.echo(to_json(report), nl=False)
+    else:
+        show(report, Console())
+    refuse_gaps(report)
