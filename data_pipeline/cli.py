@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from data_pipeline import cli_datasets
 from sdtrain.errors import SdtrainError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ app = typer.Typer(
     "gone, 8 storage.",
     **PLAIN,
 )
+
+app.add_typer(cli_datasets.app)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A page of kind ingestion (YAML).")]
 Settings = Annotated[
