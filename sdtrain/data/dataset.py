@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from sdtrain.data.lru import Lru
-from sdtrain.data.manifest import Manifest, ShardEntry
+from sdtrain.data.manifest import Manifest
 from sdtrain.data.plan import BucketedOrder, Order
 from sdtrain.data.prefetch import Prefetcher
 from sdtrain.data.ram_cache import RamCache
@@ -292,7 +292,7 @@ def _field_shapes(
         raise ValueError(f"batch fields {unknown} are unknown; known are {sorted(FIELD_TYPES)}")
     known, shapes = manifest.shapes_in(bucket), {}
     for name, stored in fields.items():
-        _check_present(manifest, manifest.split(split), stored)
+        _check_present(manifest, split, bucket, stored)
         if stored not in known:
             of_bucket = "" if bucket is None else f" of bucket {bucket!r}"
             raise DataError(
@@ -303,9 +303,9 @@ def _field_shapes(
     return shapes
 
 
-def _check_present(manifest: Manifest, shards: list[ShardEntry], stored: str) -> None:
-    for shard in shards:
-        if shard.num_samples and stored not in shard.fields:
+def _check_present(manifest: Manifest, split: str, bucket: str | None, stored: str) -> None:
+    for shard in manifest.split(split):
+        if shard.bucket == bucket and shard.num_samples and stored not in shard.fields:
             raise DataError(f"{manifest.path}: shard {shard.path} has no field {stored!r}; it has {list(shard.fields)}")
 
 

@@ -6,9 +6,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ MANIFEST_VERSION = 1
 _ABSENT = "absent"
 _BUCKET = re.compile(r"[A-Za-z0-9._-]+")
 _SIDECAR_SHARE = 20  # a sidecar is smaller than this part of its tar
+_COLUMNS = ("path", "split", "num_samples", "size_bytes", "sha256", "index_sha256")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,8 @@ class ShardEntry:
 
     def content(self) -> dict[str, Any]:
         """The row as plain values; a shard without a bucket says nothing of one, as before there were any."""
-        row = asdict(self) | {"fields": list(self.fields)}
-        if self.bucket is None:
-            del row["bucket"]
-        return row
+        row = {name: getattr(self, name) for name in _COLUMNS} | {"fields": list(self.fields)}
+        return row if self.bucket is None else row | {"bucket": self.bucket}
 
 
 def describe_shard(path: Path, *, split: str, folder: Path, bucket: str | None = None) -> ShardEntry:
@@ -160,23 +159,28 @@ class Manifest:
 
     def main_bucket(self, split: str) -> str | None:
         """The bucket of most samples, the first by name among equals: what is drawn without a sample has its size."""
-        counts = {
-            bucket: sum(shard.num_samples for shard in self.split(split) if shard.bucket == bucket)
-            for bucket in self.buckets(split)
-        }
+        counts = dict.fromkeys(self.buckets(split), 0)
+        for shard in self.split(split):
+            if shard.num_samples:
+                counts[shard.bucket] += shard.num_samples
         return max(counts, key=lambda bucket: counts[bucket])
 
-    def split(self, name: str) -> list[ShardEntry]:
+    @cached_property
+    def _splits(self) -> dict[str, tuple[ShardEntry, ...]]:
+        splits: dict[str, list[ShardEntry]] = {}
+        for shard in self.shards:
+            splits.setdefault(shard.split, []).append(shard)
+        return {name: tuple(shards) for name, shards in splits.items()}
+
+    def split(self, name: str) -> tuple[ShardEntry, ...]:
         """The shards of a split.
 
         Raises:
             DataError: There are none.
         """
-        shards = [shard for shard in self.shards if shard.split == name]
-        if not shards:
-            known = sorted({shard.split for shard in self.shards})
-            raise DataError(f"{self.path}: no split {name!r}; it has {known}")
-        return shards
+        if name not in self._splits:
+            raise DataError(f"{self.path}: no split {name!r}; it has {sorted(self._splits)}")
+        return self._splits[name]
 
     def num_samples(self, split: str) -> int:
         """Samples of a split."""
@@ -267,10 +271,25 @@ class Manifest:
     def _from_content(cls, path: Location, page: Mapping[str, Any], cache: ShardCache | None) -> Manifest:
         if page["version"] != MANIFEST_VERSION:
             raise ValueError(f"version {page['version']!r} found, {MANIFEST_VERSION} is read")
-        shards = tuple(ShardEntry(**(row | {"fields": tuple(row["fields"])})) for row in page["shards"])
+        shards = _entries(page["shards"])
         _check_shards(shards)
         bucket_shapes = {bucket: _as_tuples(shapes) for bucket, shapes in page.get("bucket_shapes", {}).items()}
         return cls(path, shards, page["fingerprint"], _as_tuples(page["field_shapes"]), bucket_shapes, cache)
+
+
+def _entries(rows: list[dict[str, Any]]) -> tuple[ShardEntry, ...]:
+    """The rows of a file as entries; a row is given up as its entry is made, so that never both lists are whole."""
+    same: dict[Any, Any] = {}  # one object for every split, bucket and list of fields, however many shards
+    rows.reverse()
+    shards = []
+    while rows:
+        row = rows.pop()
+        row["fields"] = tuple(row["fields"])
+        for name in ("fields", "split", "bucket"):
+            if name in row:
+                row[name] = same.setdefault(row[name], row[name])
+        shards.append(ShardEntry(**row))
+    return tuple(shards)
 
 
 def _as_lists(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
@@ -288,8 +307,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 def _check_shards(shards: Sequence[ShardEntry]) -> None:
     seen: set[str] = set()
     for shard in shards:
-        parts = PurePosixPath(shard.path)
-        if parts.is_absolute() or ".." in parts.parts:
+        if shard.path.startswith("/") or ".." in shard.path.split("/"):
             raise ValueError(f"shard path {shard.path!r} leaves the manifest's folder")
         if shard.path in seen:
             raise ValueError(f"shard {shard.path!r} is listed twice")
