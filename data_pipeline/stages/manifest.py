@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.console import Console
+
 from data_pipeline.stage import Needs, Unit, Work, numbered_files
+from data_pipeline.takedown import take_down_again
 from sdtrain.data.manifest import Manifest, ShardEntry, describe_shard, write_manifest
 from sdtrain.data.shard import ShardReader
 from sdtrain.errors import DataError
@@ -95,6 +98,8 @@ class ManifestStage:
         rows = json.loads((self.folder / "00000.shards.json").read_text(encoding="utf-8"))
         entries = [ShardEntry(**(row | {"fields": tuple(row["fields"])})) for row in rows]
         text = publish(self.target, entries, self.config_facts()["fingerprint"])
+        masked = take_down_again(self.target, Console(quiet=True))
+        text += f"; {masked}" if masked else ""
         samples = ", ".join(f"{count:,} {split}" for split, count in stats[0]["samples"].items())
         return f"{self.name}: {samples} samples in {stats[0]['shards']} shards; {text}"
 
