@@ -72,6 +72,11 @@ def read_header(body: bytes) -> ImageHeader:
     return header
 
 
+def count_scans(jpeg: bytes) -> int:
+    """Upper bound of a JPEG's scans: entropy-coded data never holds the marker, metadata rarely does."""
+    return jpeg.count(b"\xff\xda")
+
+
 def _number(body: bytes, start: int, count: int, order: Literal["big", "little"]) -> int:
     """An unsigned integer; IndexError where the body ends before it."""
     if start + count > len(body):

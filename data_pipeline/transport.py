@@ -13,17 +13,17 @@ import http.client
 import io
 import socket
 import ssl
-import threading
+import string
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.message import Message
 from typing import Any, cast
 
+from data_pipeline.hosts import Hosts
 from data_pipeline.image_header import SNIFF_BYTES, sniff
 from data_pipeline.transport_policy import (
     RETRIED,
@@ -61,6 +61,19 @@ def resolve(host: str, port: int) -> list[str]:
     """Every A and AAAA address of a host, in the system's order of preference."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def body_digests(body: bytes | memoryview) -> dict[str, str]:
+    """`md5` and `sha256` of a body, hexadecimal: what tables and block lists may name it by."""
+    return {
+        "md5": hashlib.md5(body, usedforsecurity=False).hexdigest(),
+        "sha256": hashlib.sha256(body).hexdigest(),
+    }
+
+
+def _redirected(url: str, location: str) -> str:
+    """Where a redirect leads; http.client reads headers as Latin-1, so bytes beyond ASCII are quoted as they came."""
+    return urllib.parse.urljoin(url, urllib.parse.quote(location, safe=string.punctuation, encoding="latin-1"))
 
 
 def connect(address: str, port: int, timeout_seconds: float) -> socket.socket:
@@ -154,35 +167,6 @@ class _Wire(io.RawIOBase):
             )
 
 
-@dataclass
-class _Host:
-    slots: threading.BoundedSemaphore
-    users: int = 0
-
-
-@dataclass
-class _HostSlots:
-    """At most `limit` requests in flight to one host; hosts nobody waits for are forgotten."""
-
-    limit: int
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _hosts: dict[str, _Host] = field(default_factory=dict)
-
-    @contextmanager
-    def slot(self, name: str) -> Iterator[None]:
-        with self._lock:
-            host = self._hosts.setdefault(name, _Host(threading.BoundedSemaphore(self.limit)))
-            host.users += 1
-        try:
-            with host.slots:
-                yield
-        finally:
-            with self._lock:
-                host.users -= 1
-                if host.users == 0:
-                    del self._hosts[name]
-
-
 class HardenedOpener:
     """An opener for `urllib.request.install_opener` that fetches images by `TransportPolicy` and nothing else.
 
@@ -193,7 +177,7 @@ class HardenedOpener:
         policy: What is allowed.
         resolve: Host and port -> numeric addresses.
         connect: Numeric address, port and timeout -> connected socket; only ever given addresses that were checked.
-        sleep: Waits before a retry.
+        sleep: Waits before a retry, and for a host's own wishes.
         tls: Context for https; the system's certificates by default.
     """
 
@@ -209,7 +193,7 @@ class HardenedOpener:
         self.policy = policy
         self._resolve, self._connect, self._sleep = resolve, connect, sleep
         self._tls = tls or ssl.create_default_context()
-        self._hosts = _HostSlots(policy.connections_per_host)
+        self._hosts = Hosts(policy.connections_per_host, policy.host_gap_seconds, sleep)
         self._lookups = ThreadPoolExecutor(max_workers=64, thread_name_prefix="dns")  # getaddrinfo takes no timeout
 
     def open(self, fullurl: str | urllib.request.Request, data: object = None, timeout: object = None) -> Fetched:
@@ -221,8 +205,6 @@ class HardenedOpener:
         url = fullurl if isinstance(fullurl, str) else fullurl.full_url
         if data is not None:
             raise RefusedError(Reason.URL, f"a request with a body for {url[:200]!r}; only GET is done here")
-        if hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest() in self.policy.blocked_url_sha256:
-            raise RefusedError(Reason.BLOCKED_URL, "the URL is on the block list")
         deadline = _Deadline(self.policy.total_timeout_seconds, self.policy.timeout_seconds)
         attempt = 0
         while True:
@@ -232,11 +214,13 @@ class HardenedOpener:
                 pause = self._pause_seconds(error, attempt)
                 if pause is None or pause >= deadline.left():
                     raise
-            self._sleep(pause)
+                waits_for_host = error.retry_after_seconds is not None
+            if not waits_for_host:
+                self._sleep(pause)
             attempt += 1
 
     def _pause_seconds(self, error: RefusedError, attempt: int) -> float | None:
-        """Seconds until the next attempt; None where there is none."""
+        """Seconds until the next attempt; None where there is none. A host's own wish is waited for by `Hosts`."""
         if attempt >= self.policy.retries or error.reason not in RETRIED:
             return None
         pause = 0.5 * 2**attempt if error.retry_after_seconds is None else error.retry_after_seconds
@@ -246,7 +230,7 @@ class HardenedOpener:
         """Follow redirects to a body."""
         for _ in range(self.policy.max_redirects + 1):
             target = parse_target(url, self.policy)
-            with self._hosts.slot(target.host):
+            with self._hosts.visit(target.host, min(self.policy.max_retry_after_seconds, deadline.left())):
                 deadline.start()
                 answer = self._exchange(target, deadline)
             if isinstance(answer, Fetched):
@@ -260,8 +244,8 @@ class HardenedOpener:
         try:
             response = self._request(target, sock, deadline)
             if response.status in _REDIRECTS:  # the body of a redirect is nobody's concern: not read
-                return urllib.parse.urljoin(target.url, response.headers.get("Location", ""))
-            self._check_headers(response)
+                return _redirected(target.url, response.headers.get("Location", ""))
+            self._check_headers(target, response)
             body = self._read_body(response)
         except TimeoutError as error:
             raise deadline.expired() from error
@@ -273,7 +257,7 @@ class HardenedOpener:
             raise RefusedError(Reason.CONNECT_FAILED, f"{target.host}: {error}") from error
         finally:
             sock.close()
-        if hashlib.sha256(body).hexdigest() in self.policy.blocked_bytes_sha256:
+        if self.policy.blocked_bytes and self.policy.blocked_bytes.intersection(body_digests(body).values()):
             raise RefusedError(Reason.BLOCKED_BYTES, "the image is on the block list")
         check_image(body, self.policy.max_pixels)
         return Fetched(body, target.url, response.headers)
@@ -299,6 +283,8 @@ class HardenedOpener:
         raise RefusedError(Reason.CONNECT_FAILED, f"{target.host}: {failure}") from failure
 
     def _addresses(self, target: Target, deadline: _Deadline) -> Sequence[str]:
+        if target.is_address:  # nothing to look up; forms like 0x7f.1 are left to the system
+            return (target.host,)
         lookup = self._lookups.submit(self._resolve, target.host, target.port)
         try:
             addresses = lookup.result(deadline.timeout())
@@ -338,11 +324,14 @@ class HardenedOpener:
         response.begin()
         return response
 
-    def _check_headers(self, response: http.client.HTTPResponse) -> None:
+    def _check_headers(self, target: Target, response: http.client.HTTPResponse) -> None:
         """Refuse by status and headers, before the body is read."""
         if response.status != 200:
-            wish = retry_after_seconds(response.headers, time.time())
-            raise RefusedError(f"http_{response.status}", response.reason[:100], wish)
+            reason = f"http_{response.status}"
+            wish = retry_after_seconds(response.headers, time.time()) if reason in RETRIED else None
+            if wish is not None:
+                self._hosts.close(target.host, wish)
+            raise RefusedError(reason, response.reason[:100], wish)
         rule = forbids(response.headers, self.policy.robots_rules)
         if rule is not None:
             raise RefusedError(Reason.ROBOTS_TAG, f"X-Robots-Tag says {rule}")
@@ -354,13 +343,13 @@ class HardenedOpener:
 
     def _read_body(self, response: http.client.HTTPResponse) -> bytes:
         """Stream the body; what is no image by its first bytes is not read further."""
-        announced, body = response.length, bytearray()
+        announced, body = response.length, bytearray(response.read(SNIFF_BYTES))
+        if len(body) == SNIFF_BYTES and sniff(bytes(body)) is None:
+            raise RefusedError(Reason.NOT_AN_IMAGE, f"begins with {bytes(body[:8])!r}")
         while chunk := response.read(_CHUNK_BYTES):
             body += chunk
             if len(body) > self.policy.max_bytes:
                 raise RefusedError(Reason.TOO_LARGE, f"more than {self.policy.max_bytes} bytes")
-            if len(body) >= SNIFF_BYTES and sniff(bytes(body[:SNIFF_BYTES])) is None:
-                raise RefusedError(Reason.NOT_AN_IMAGE, f"begins with {bytes(body[:8])!r}")
         if announced is not None and len(body) < announced:
             raise RefusedError(Reason.TRUNCATED, f"{len(body)} of {announced} bytes")
         return bytes(body)

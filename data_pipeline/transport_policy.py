@@ -6,20 +6,27 @@ Pure functions of their arguments; `transport` does the talking.
 from __future__ import annotations
 
 import email.utils
+import hashlib
 import ipaddress
+import re
 import urllib.parse
 from dataclasses import dataclass
 from email.message import Message
 from enum import StrEnum
 
-from data_pipeline.image_header import read_header
+from data_pipeline.image_header import count_scans, read_header
 from sdtrain.errors import ConfigError, DataError
 
 USER_AGENT_TOKEN = "sdtrain"
+MAX_SCANS = 100
+"""Of a progressive JPEG; encoders write about ten, and each costs a pass over all of its pixels."""
+
 _RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", re.ASCII)
 _PATH_SAFE = "%/:=&?~+!$,;'@()*[]|"
 _VALUED_ROBOTS_RULES = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_ISATAP = (0x00005EFE, 0x02005EFE)  # upper half of an interface identifier whose lower half is an IPv4 address
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 _NEVER = (  # beyond what `is_global` knows in every supported Python
     ipaddress.IPv4Network("168.63.129.16/32"),  # Azure's metadata service, on a public address
@@ -45,11 +52,16 @@ class Reason(StrEnum):
     ROBOTS_TAG = "refused:robots_tag"
     BLOCKED_URL = "refused:blocked_url"
     BLOCKED_BYTES = "refused:blocked_bytes"
+    DIGEST = "refused:digest"
     TOO_LARGE = "too_large"
     NOT_AN_IMAGE = "not_an_image"
     TOO_MANY_PIXELS = "too_many_pixels"
     ANIMATED = "animated"
     BIT_DEPTH = "bit_depth"
+    TOO_MANY_SCANS = "too_many_scans"
+    TOO_SMALL = "too_small"
+    UNDECODABLE = "undecodable"
+    OUT_OF_MEMORY = "out_of_memory"
     UNKNOWN_HOST = "unknown_host"
     DNS_FAILED = "dns_failed"
     CONNECT_FAILED = "connect_failed"
@@ -58,18 +70,25 @@ class Reason(StrEnum):
     TIMEOUT = "timeout"
     TOO_SLOW = "too_slow"
     DEADLINE = "deadline"
+    RETRY_AFTER = "retry_after"
 
 
 RETRIED = frozenset(
     {Reason.DNS_FAILED, Reason.CONNECT_FAILED, Reason.BAD_RESPONSE, Reason.TRUNCATED, Reason.TIMEOUT}
     | {f"http_{status}" for status in _RETRIED_STATUS}
 )
-_PERMANENT = frozenset(Reason) - RETRIED - {Reason.TOO_SLOW, Reason.DEADLINE}
+_PERMANENT = frozenset(Reason) - RETRIED - {Reason.TOO_SLOW, Reason.DEADLINE, Reason.RETRY_AFTER}
 
 
 def is_permanent(reason: str) -> bool:
-    """Whether asking again tomorrow would bring the same answer: refusals and most 4xx, not network trouble."""
-    return reason in _PERMANENT or (reason.startswith("http_4") and reason not in RETRIED)
+    """Whether asking again tomorrow would bring the same answer.
+
+    So it is with refusals, with pictures that are not what they should be, and with every status but 5xx and the few
+    4xx that mean "later"; not with network trouble.
+    """
+    if reason.startswith("http_"):
+        return reason not in RETRIED and not reason.startswith("http_5")
+    return reason in _PERMANENT
 
 
 class RefusedError(DataError):
@@ -109,9 +128,10 @@ class TransportPolicy:
         retries: Attempts beyond the first, for trouble that may pass.
         max_retry_after_seconds: Longest `Retry-After` that is waited for.
         connections_per_host: Requests in flight to one host from this process.
-        robots_rules: `X-Robots-Tag` rules that are honoured.
-        blocked_url_sha256: Digests of URLs (UTF-8) that are never opened.
-        blocked_bytes_sha256: Digests of bodies that are never kept.
+        host_gap_seconds: Least time between the starts of two requests to one host from this process.
+        robots_rules: `X-Robots-Tag` rules that are honoured, lower case.
+        blocked_urls: sha256 of URLs (UTF-8) that are never opened, be it after a redirect.
+        blocked_bytes: sha256 or md5 of bodies that are never kept.
     """
 
     contact: str
@@ -127,9 +147,10 @@ class TransportPolicy:
     retries: int = 2
     max_retry_after_seconds: float = 30.0
     connections_per_host: int = 8
+    host_gap_seconds: float = 0.0
     robots_rules: frozenset[str] = frozenset({"noai", "noimageai"})
-    blocked_url_sha256: frozenset[str] = frozenset()
-    blocked_bytes_sha256: frozenset[str] = frozenset()
+    blocked_urls: frozenset[str] = frozenset()
+    blocked_bytes: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.contact.strip() or not self.contact.isprintable() or not self.contact.isascii():
@@ -146,13 +167,23 @@ class TransportPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A URL that passed the checks that need no network."""
+    """A URL that passed the checks that need no network.
+
+    Attributes:
+        url: As it was given.
+        is_tls: Whether the scheme is https.
+        host: Lower case, in ASCII, without brackets.
+        port: The URL's, or the scheme's.
+        path: With the query, quoted.
+        is_address: Whether the host is an IP address in its usual notation, which no name server is asked for.
+    """
 
     url: str
     is_tls: bool
     host: str
     port: int
     path: str
+    is_address: bool = False
 
     @property
     def host_header(self) -> str:
@@ -162,20 +193,22 @@ class Target:
 
 
 def parse_target(url: str, policy: TransportPolicy) -> Target:
-    """Check scheme, host, credentials and port of a URL, and quote what HTTP cannot carry.
+    """Check block list, scheme, host, credentials and port of a URL, and quote what HTTP cannot carry.
 
     Raises:
-        RefusedError: With reason url, scheme, credentials or port.
+        RefusedError: With reason blocked_url, url, scheme, credentials or port.
     """
+    if policy.blocked_urls and url_sha256(url) in policy.blocked_urls:
+        raise RefusedError(Reason.BLOCKED_URL, "the URL is on the block list")
     try:
         parts = urllib.parse.urlsplit(url.strip())
         named_port, host = parts.port, (parts.hostname or "")
-        host = host if ":" in host else host.encode("idna").decode("ascii")
+        host = host if ":" in host else host.encode("idna").decode("ascii").lower()
     except (ValueError, UnicodeError) as error:
         raise RefusedError(Reason.URL, f"{url[:200]!r}: {error}") from error
     if parts.scheme not in ("http", "https"):
         raise RefusedError(Reason.SCHEME, f"{parts.scheme!r} in {url[:200]!r}; allowed are http and https")
-    if not host or not host.isprintable() or " " in host:
+    if parts.username is None and not _is_host(host):
         raise RefusedError(Reason.URL, f"{url[:200]!r} names no valid host")
     if parts.username is not None or parts.password is not None:
         raise RefusedError(Reason.CREDENTIALS, f"user name or password in a URL of host {host}")
@@ -185,13 +218,36 @@ def parse_target(url: str, policy: TransportPolicy) -> Target:
         raise RefusedError(Reason.PORT, f"{port} of {host}; allowed are {list(policy.allowed_ports)}")
     query = f"?{parts.query}" if parts.query else ""
     path = urllib.parse.quote((parts.path or "/") + query, safe=_PATH_SAFE)
-    return Target(url, is_tls, host, port, path)
+    return Target(url, is_tls, host, port, path, _is_address(host))
+
+
+def _is_host(host: str) -> bool:
+    """Whether a name can stand in the DNS, or is an IPv6 address; IPv4 addresses look like names."""
+    if ":" not in host:
+        return _HOST.fullmatch(host) is not None
+    try:
+        return ipaddress.IPv6Address(host).scope_id is None
+    except ValueError:
+        return False
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def url_sha256(url: str) -> str:
+    """What block lists and samples call a URL."""
+    return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def address_reason(address: str, *, allow_loopback: bool) -> Reason | None:
     """Why an IP address may not be connected to; None where it may.
 
-    An address that carries an IPv4 address inside (mapped, 6to4, NAT64, Teredo) is judged by both.
+    An address that carries an IPv4 address inside (mapped, 6to4, NAT64, Teredo, ISATAP) is judged by both.
     """
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
@@ -214,6 +270,8 @@ def _carried(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> tuple[ip
         return (ipaddress.IPv4Address(int(address) & 0xFFFFFFFF),)
     if address.sixtofour is not None:
         return (address.sixtofour,)
+    if int(address) >> 32 & 0xFFFFFFFF in _ISATAP:
+        return (ipaddress.IPv4Address(int(address) & 0xFFFFFFFF),)
     return address.teredo or ()
 
 
@@ -226,10 +284,10 @@ def _is_global(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 
 def check_image(body: bytes, max_pixels: int) -> None:
-    """Refuse what is no single-frame, 8-bit JPEG, PNG or WebP of bearable size, by its header alone.
+    """Refuse what is no single-frame, 8-bit JPEG, PNG or WebP of bearable size, without decoding it.
 
     Raises:
-        RefusedError: With reason not_an_image, animated, bit_depth or too_many_pixels.
+        RefusedError: With reason not_an_image, animated, bit_depth, too_many_pixels or too_many_scans.
     """
     try:
         header = read_header(body)
@@ -241,6 +299,9 @@ def check_image(body: bytes, max_pixels: int) -> None:
         raise RefusedError(Reason.ANIMATED, f"an animated {header.format}; allowed is one frame")
     if header.bit_depth > 8:
         raise RefusedError(Reason.BIT_DEPTH, f"{header.bit_depth} bits a channel in a {header.format}; allowed are 8")
+    scans = count_scans(body) if header.format == "jpeg" else 1
+    if scans > MAX_SCANS:
+        raise RefusedError(Reason.TOO_MANY_SCANS, f"{scans} in a jpeg; allowed are {MAX_SCANS}")
 
 
 def forbids(headers: Message, rules: frozenset[str]) -> str | None:

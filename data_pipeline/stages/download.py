@@ -1,108 +1,63 @@
 """Fetch the images of one part and write them as one shard.
 
-img2dataset's own Reader, Downloader and Resizer do the work, part by part, inside our workers: its distributor submits
-everything at once and never looks at a failed status, and its writer's tars differ from run to run. It opens URLs
-through the hardened transport, never retries by itself, and hands its results to a collector that counts every row by
-reason; the shard is written from that, sorted by key.
+img2dataset's own Reader and Downloader do the work, part by part, inside our workers (`data_pipeline.engine`): its
+distributor submits everything at once and never looks at a failed status, and its writer's tars differ from run to run.
+It opens URLs through the hardened transport and never retries by itself; the shard is written from what arrived, sorted
+by row, and every other row is listed with its reason in `00000.failed.parquet` beside it.
+
+Rounds: `download.retry_round` asks again for rows that failed for reasons that may pass, in shards that are committed.
+Each shard remembers the round that it was last asked in, so a round that was interrupted goes on where it stopped, and
+a round that is over is not repeated. The shard is written anew from its samples, byte for byte, and the newcomers, in
+the order of the rows: it is the shard that would have been written had all of them arrived at once. Rows that failed
+for good are never asked for again. Where the committed shard no longer fits (other settings, other input, a damaged
+file) it is made from scratch.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib
 import importlib.metadata
-import io
 import json
 import math
 import os
-import re
 import resource
 import tempfile
 import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import RenderableType
 from rich.table import Table
 
+from data_pipeline.block_lists import read_blocked_bytes, read_blocked_urls
+from data_pipeline.engine import INTERNAL_ERROR, SUCCESS, Arrived, Collector, run_engine
+from data_pipeline.layout import shapes_of
+from data_pipeline.ledger import Commit, Ledger, sha256_file
 from data_pipeline.stage import Needs, Unit, Work, one_to_one
 from data_pipeline.transport import HardenedOpener
-from data_pipeline.transport_policy import Reason, TransportPolicy, is_permanent
+from data_pipeline.transport_policy import TransportPolicy, is_permanent, url_sha256
 from sdtrain.config.ingestion import DownloadConfig
-from sdtrain.data.shard import ShardWriter
+from sdtrain.data.shard import ShardReader, ShardWriter
 from sdtrain.errors import DataError
 from sdtrain.run_dir import write_atomically
 
-SUCCESS = "success"
-TOO_SMALL = "too_small"
-UNDECODABLE = "undecodable"
-OUT_OF_MEMORY = "out_of_memory"
-INTERNAL_ERROR = "internal_error"
-
-_ROWS = 10**8  # img2dataset's keys are shard * _ROWS + row
 _STACK_BYTES = 16 << 20
 _MAX_UNEXPECTED = 5
-_COUNTED = re.compile(r"http_\d{3}")
-_KNOWN = frozenset(Reason)
-_OTHER_PERMANENT = frozenset({TOO_SMALL, UNDECODABLE, OUT_OF_MEMORY})
-_MESSAGES = (  # of urllib's Request and of img2dataset's Resizer, in the order of trying
-    ("unknown url type", str(Reason.SCHEME)),
-    ("Invalid IPv6 URL", str(Reason.URL)),
-    ("image too small", TOO_SMALL),
-    ("Image decoding error", UNDECODABLE),
-    ("CV_IO_MAX_IMAGE", str(Reason.TOO_MANY_PIXELS)),
-    ("Insufficient memory", OUT_OF_MEMORY),
-    ("Failed to allocate", OUT_OF_MEMORY),
-    ("Unable to allocate", OUT_OF_MEMORY),
-    ("OpenCV", UNDECODABLE),
-)
 _OWN_COLUMNS = ("key", "url", "caption", "split")
 _LEFT_OUT = ("key", "url", "caption", "split", "width", "height")  # stored under names of their own, or as measured
+_DIGESTS = ("md5", "sha256")
+_FAILED = pa.schema([("row", pa.int32()), ("key", pa.string()), ("url", pa.string()), ("reason", pa.string())])
 
 
 class ShardFailedError(RuntimeError):
     """Not one image of a part arrived, for reasons that may pass; the runner tries the part again."""
-
-
-def reason_of(message: str | None) -> str:
-    """The reason that a row is counted under, from img2dataset's error message; `success` for None."""
-    if message is None:
-        return SUCCESS
-    first = message.partition(" ")[0]
-    if first in _KNOWN or _COUNTED.fullmatch(first):
-        return first
-    if not message:  # str(MemoryError())
-        return OUT_OF_MEMORY
-    return next((reason for text, reason in _MESSAGES if text in message), INTERNAL_ERROR)
-
-
-@dataclass
-class Collector:
-    """What img2dataset believes to be its writer: keeps images in memory by row, and counts every row by reason.
-
-    A shard is about a hundred megabytes, and only what is complete can be sorted.
-    """
-
-    images: dict[int, tuple[bytes, Mapping[str, Any]]] = field(default_factory=dict)
-    reasons: Counter[str] = field(default_factory=Counter)
-    unexpected: set[str] = field(default_factory=set)
-
-    def write(self, image: bytes | None, key: str, caption: str | None, meta: Mapping[str, Any]) -> None:
-        """Take one row: an encoded image, or None with the error message in `meta`."""
-        reason = reason_of(meta["error_message"])
-        self.reasons[reason] += 1
-        if reason == INTERNAL_ERROR:
-            self.unexpected.add(str(meta["error_message"])[:200])
-        if image is not None:
-            self.images[int(key) % _ROWS] = (image, meta)
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +76,7 @@ class DownloadStage:
     settings: DownloadConfig
     memory_limit_bytes: int | None = None
     name: str = "download"
-    version: str = "1"
+    version: str = "2"
 
     @property
     def needs(self) -> Needs:
@@ -135,26 +90,44 @@ class DownloadStage:
     def config_facts(self) -> Mapping[str, Any]:
         """What the pixels depend on; patience and parallelism only decide which of them arrive today."""
         kept = {"image_size", "resize_mode", "only_if_bigger", "jpeg_quality", "samples_per_shard", "max_bytes"}
-        return self.settings.model_dump(mode="json", include=kept | {"max_pixels"}) | {"engine": _engine_version()}
+        facts = self.settings.model_dump(mode="json", include=kept | {"max_pixels"}) | {"engine": _engine_version()}
+        return facts | self._shapes()
 
     def fingerprint(self) -> dict[str, Any]:
         """What a manifest says of the images."""
         kept = {"image_size", "resize_mode", "only_if_bigger", "jpeg_quality"}
-        return {"transform": self.settings.model_dump(mode="json", include=kept) | {"engine": _engine_version()}}
+        facts = self.settings.model_dump(mode="json", include=kept) | {"engine": _engine_version()}
+        return {"transform": facts | self._shapes()}
+
+    def _shapes(self) -> dict[str, Any]:
+        """The shapes, where there is more than one."""
+        if self.settings.resize_mode != "buckets":
+            return {}
+        return {"bucket_shapes": [list(size) for size in shapes_of(self.settings)]}
 
     def units(self) -> Sequence[Unit]:
-        """One per part.
+        """One per part; a round beyond the first is part of its facts.
 
         Raises:
             ConfigError: No contact for the user agent.
-            DataError: There is no part.
+            DataError: There is no part, or a block list cannot be read.
         """
         _ = self.policy
-        return one_to_one(self.source, ".parquet")
+        commits = Ledger(self.folder).commits()
+        units = one_to_one(self.source, ".parquet")
+        return [replace(unit, facts=self._round(commits.get(unit.name))) for unit in units]
+
+    def _round(self, commit: Commit | None) -> dict[str, int]:
+        """The round that a unit is to be brought to: the settings', where that can bring anything, else its own."""
+        asked = self.settings.retry_round
+        done = commit.facts.get("round", 0) if commit else 0
+        may_gain = commit is None or any(not _is_over(reason) for reason in commit.stats["reasons"])
+        number = max(asked, done) if may_gain else done
+        return {"round": number} if number else {}
 
     @property
     def policy(self) -> TransportPolicy:
-        """The transport's policy by the settings."""
+        """The transport's policy by the settings; each process gets its share of what all of them may ask of a host."""
         settings = self.settings
         return TransportPolicy(
             contact=settings.contact or "",
@@ -166,18 +139,52 @@ class DownloadStage:
             timeout_seconds=settings.timeout_seconds,
             total_timeout_seconds=settings.total_timeout_seconds,
             retries=settings.retries,
+            max_retry_after_seconds=settings.max_retry_after_seconds,
+            connections_per_host=max(1, settings.connections_per_host // settings.processes),
+            host_gap_seconds=settings.host_gap_seconds * settings.processes,
+            robots_rules=frozenset(rule.lower() for rule in settings.honored_robots_tags),
+            blocked_urls=read_blocked_urls(settings.blocked_urls),
+            blocked_bytes=read_blocked_bytes(settings.blocked_bytes),
         )
 
     def worker(self) -> Work:
         """Prepare the process, for good: environment, opener, memory limit."""
         os.environ.update(self._environment())
-        for module in ("downloader", "reader", "resizer"):  # before the limit: their memory counts as held
+        for module in ("downloader", "reader"):  # before the limit: their memory counts as held
             importlib.import_module(f"img2dataset.{module}")
+        from data_pipeline.resize import Resizer  # OpenCV reads its environment when it is loaded
+
         opener = HardenedOpener(self.policy)
         urllib.request.install_opener(cast(urllib.request.OpenerDirector, opener))
         if self.memory_limit_bytes is not None:
             limit_memory(self.memory_limit_bytes + self.settings.threads * _STACK_BYTES)
-        return partial(download_part, settings=self.settings)
+        resizer = Resizer(
+            mode=self.settings.resize_mode,
+            shapes=shapes_of(self.settings),
+            only_if_bigger=self.settings.only_if_bigger,
+            jpeg_quality=self.settings.jpeg_quality,
+        )
+        commits = Ledger(self.folder).commits() if self.settings.retry_round else {}
+        return partial(self._work, resizer=resizer, commits=commits)
+
+    def _work(self, unit: Unit, folder: Path, *, resizer: Any, commits: Mapping[str, Commit]) -> dict[str, Any]:
+        """Bring one unit to its round."""
+        collector = Collector(resizer)
+        earlier = self._earlier(unit, commits.get(unit.name))
+        return download_part(unit, folder, collector=collector, settings=self.settings, earlier=earlier)
+
+    def _earlier(self, unit: Unit, commit: Commit | None) -> Earlier | None:
+        """What an earlier round left; None where it is not what these settings would have made of this input."""
+        if commit is None or commit.version != self.version:
+            return None
+        if {**commit.facts, "round": 0} != {**json.loads(json.dumps(self.config_facts())), "round": 0}:
+            return None
+        if [sha256_file(path) for path in unit.inputs] != list(commit.inputs.values()):
+            return None
+        files = {self.folder / name: sha256 for name, sha256 in commit.files.items()}
+        if not all(path.exists() and sha256_file(path) == sha256 for path, sha256 in files.items()):
+            return None
+        return Earlier.read(self.folder / unit.name)
 
     def report(self, stats: Sequence[Mapping[str, Any]]) -> RenderableType:
         """Write `summary.json` and show it."""
@@ -224,14 +231,44 @@ class Part:
     Attributes:
         path: The parquet file.
         keys: The samples' keys, by row.
+        urls: The samples' URLs, by row.
         split: `train` or `validation`, of all rows.
         columns: What is stored beside url and caption.
     """
 
     path: Path
     keys: Sequence[str]
+    urls: Sequence[str]
     split: str
     columns: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What an earlier round left of a unit.
+
+    Attributes:
+        shard: Its shard.
+        failed: The reason of every row that is not in it.
+    """
+
+    shard: Path
+    failed: Mapping[int, str]
+
+    @classmethod
+    def read(cls, stem: Path) -> Earlier:
+        """Read the list of failures beside a shard."""
+        table = pq.read_table(stem.with_name(f"{stem.name}.failed.parquet"), columns=["row", "reason"])
+        rows = dict(zip(table["row"].to_pylist(), table["reason"].to_pylist(), strict=True))
+        return cls(stem.with_name(f"{stem.name}.tar"), rows)
+
+    def open_rows(self) -> list[int]:
+        """Rows worth another question, ascending."""
+        return sorted(row for row, reason in self.failed.items() if not is_permanent(reason))
+
+
+def _is_over(reason: str) -> bool:
+    return reason == SUCCESS or is_permanent(reason)
 
 
 def read_part(path: Path, max_rows: int) -> Part:
@@ -240,128 +277,107 @@ def read_part(path: Path, max_rows: int) -> Part:
     Raises:
         DataError: A column is missing, the part mixes splits, or it has more rows than a shard takes.
     """
-    import pyarrow.parquet as pq
-
     names = pq.read_schema(path).names
     missing = [name for name in _OWN_COLUMNS if name not in names]
     if missing:
         raise DataError(f"{path}: columns {missing} are missing, there are {names}; run the stages before again")
-    table = pq.read_table(path, columns=["key", "split"])
+    table = pq.read_table(path, columns=["key", "url", "split"])
     if table.num_rows > max_rows:
         found = f"{path}: {table.num_rows} rows, download.samples_per_shard allows {max_rows}"
         raise DataError(f"{found}; run the stages before again")
     splits = sorted(set(table["split"].to_pylist()), key=str)
     if len(splits) != 1:
         raise DataError(f"{path}: holds splits {splits}; a shard belongs to exactly one")
-    return Part(path, table["key"].to_pylist(), splits[0], [name for name in names if name not in _LEFT_OUT])
+    columns = [name for name in names if name not in _LEFT_OUT]
+    return Part(path, table["key"].to_pylist(), table["url"].to_pylist(), splits[0], columns)
 
 
-def download_part(unit: Unit, folder: Path, *, settings: DownloadConfig) -> dict[str, Any]:
-    """Fetch one part and write its shard; the working function.
+def download_part(
+    unit: Unit, folder: Path, *, collector: Collector, settings: DownloadConfig, earlier: Earlier | None = None
+) -> dict[str, Any]:
+    """Fetch one part, or what an earlier round left open of it, and write its shard; the working function.
 
     Raises:
         DataError: As `read_part`.
         ShardFailedError: Not one image arrived, for reasons that may pass.
     """
     part = read_part(unit.inputs[0], settings.samples_per_shard)
-    collector = Collector()
+    asked = range(len(part.keys)) if earlier is None else earlier.open_rows()
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch:
-        run_engine(part, unit.index, Path(scratch), collector, settings)
-    collector.reasons[INTERNAL_ERROR] += len(part.keys) - collector.reasons.total()  # rows that img2dataset lost
-    reasons = {reason: count for reason, count in sorted(collector.reasons.items()) if count}
+        table = part.path if earlier is None else _excerpt(part.path, asked, Path(scratch))
+        run_engine(table, part.columns, Path(scratch), collector, settings)
+    arrived = {asked[row]: image for row, image in collector.arrived.items()}
+    failed = dict(earlier.failed) if earlier else {}
+    failed |= {asked[row]: reason for row, reason in collector.failed.items()}
+    failed |= {row: INTERNAL_ERROR for row in asked if row not in arrived and row not in failed}  # img2dataset lost it
+    failed = {row: reason for row, reason in sorted(failed.items()) if row not in arrived}
+    reasons = Counter({SUCCESS: len(part.keys) - len(failed)} if len(failed) < len(part.keys) else {})
+    reasons.update(failed.values())
     _refuse_total_loss(reasons, part.path)
-    with ShardWriter(folder / f"{unit.name}.tar") as writer:
-        for row, (image, meta) in sorted(collector.images.items()):
-            writer.write(part.keys[row], sample_fields(image, meta, part, settings.image_size))
-    stored = {"rows": len(part.keys), "stored": len(collector.images), "split": part.split, "reasons": reasons}
-    unexpected = sorted(collector.unexpected)[:_MAX_UNEXPECTED]
-    return stored | ({"unexpected": unexpected} if unexpected else {})
+    _write_shard(folder / f"{unit.name}.tar", part, arrived, earlier)
+    _write_failed(folder / f"{unit.name}.failed.parquet", part, failed)
+    return {
+        "rows": len(part.keys),
+        "stored": reasons[SUCCESS],
+        "split": part.split,
+        "reasons": dict(sorted(reasons.items())),
+        **({"unexpected": sorted(collector.unexpected)[:_MAX_UNEXPECTED]} if collector.unexpected else {}),
+    }
 
 
-def run_engine(part: Part, index: int, scratch: Path, collector: Collector, settings: DownloadConfig) -> None:
-    """Let img2dataset work through one part; everything that it prints or leaves behind is dropped."""
-    from img2dataset.downloader import Downloader
-    from img2dataset.reader import Reader
-    from img2dataset.resizer import Resizer
+def _excerpt(path: Path, rows: Sequence[int], scratch: Path) -> Path:
+    """Some rows of a part as a part of their own."""
+    pq.write_table(pq.read_table(path).take(pa.array(rows, pa.int64())), scratch / "open.parquet")
+    return scratch / "open.parquet"
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        reader = Reader(
-            url_list=str(part.path),
-            input_format="parquet",
-            url_col="url",
-            caption_col="caption",
-            verify_hash_col=None,
-            verify_hash_type=None,
-            save_additional_columns=list(part.columns),
-            number_sample_per_shard=_ROWS,
-            done_shards=set(),
-            tmp_path=str(scratch),
-            start_shard_id=index,
-        )
-        downloader = Downloader(
-            sample_writer_class=lambda *_: collector,
-            resizer=Resizer(
-                image_size=settings.image_size,
-                resize_mode=settings.resize_mode,
-                resize_only_if_bigger=False,  # else an image whose shorter side fits exactly would not be cropped
-                min_image_size=settings.image_size if settings.only_if_bigger else 0,
-                encode_quality=settings.jpeg_quality,
-            ),
-            thread_count=settings.threads,
-            save_caption=True,
-            extract_exif=False,
-            output_folder=str(scratch),
-            column_list=reader.column_list,
-            timeout=settings.timeout_seconds,
-            number_sample_per_shard=_ROWS,
-            oom_shard_count=5,
-            compute_hash="sha256",
-            verify_hash_type=None,
-            encode_format="jpg",
-            retries=0,  # the transport retries what may pass
-            user_agent_token=None,
-            disallowed_header_directives=None,
-        )
-        for shard in reader:
-            downloader.download_shard(shard)
+
+def _write_shard(path: Path, part: Part, arrived: Mapping[int, Arrived], earlier: Earlier | None) -> None:
+    """Samples in the order of the rows: new ones, and those of the earlier shard as they are."""
+    row_of = {key: row for row, key in enumerate(part.keys)}
+    with ExitStack() as stack:
+        writer = stack.enter_context(ShardWriter(path))
+        shard = stack.enter_context(ShardReader(earlier.shard)) if earlier else None
+        stored = {row_of[key]: sample for sample, key in enumerate(shard.keys)} if shard else {}
+        for row in sorted({*arrived, *stored}):
+            if row in arrived:
+                writer.write(part.keys[row], sample_fields(arrived[row], part))
+            elif shard is not None:
+                writer.write(part.keys[row], {name: shard.read(stored[row], name) for name in ("jpg", "json", "txt")})
+
+
+def _write_failed(path: Path, part: Part, failed: Mapping[int, str]) -> None:
+    """Every row that is not in the shard, with its reason."""
+    columns = [list(failed), [part.keys[row] for row in failed], [part.urls[row] for row in failed]]
+    pq.write_table(pa.table([*columns, list(failed.values())], schema=_FAILED), path, compression="zstd")
 
 
 def _refuse_total_loss(reasons: Mapping[str, int], part: Path) -> None:
     """A part without one image is a failure, unless asking again would bring the same answers."""
-    passing = {
-        reason: count
-        for reason, count in reasons.items()
-        if not is_permanent(reason) and reason not in _OTHER_PERMANENT
-    }
-    if reasons and SUCCESS not in reasons and passing:
+    if SUCCESS not in reasons and any(not is_permanent(reason) for reason in reasons):
         raise ShardFailedError(f"{part}: not one of {sum(reasons.values())} images arrived: {dict(reasons)}")
 
 
-def sample_fields(image: bytes, meta: Mapping[str, Any], part: Part, image_size: int) -> dict[str, Any]:
+def sample_fields(arrived: Arrived, part: Part) -> dict[str, Any]:
     """Fields of one sample: `jpg`, `txt` and a `json` that says where it came from and what was cut."""
-    width, height, caption = meta["original_width"], meta["original_height"], meta["caption"] or ""
-    kept = {name: meta[name] for name in part.columns if _is_present(meta[name])}
+    row, layout = arrived.columns, arrived.picture.layout
+    caption = row["caption"] or ""
+    kept = {name: row[name] for name in part.columns if name not in _DIGESTS and _is_present(row[name])}
     facts = {
         "caption": caption,
-        "url": meta["url"],
-        "url_sha256": hashlib.sha256(meta["url"].encode()).hexdigest(),
-        "sha256": meta["sha256"],
-        "original_size": [width, height],
-        "crop": center_square(width, height),
-        "size": [image_size, image_size],
+        "url": row["url"],
+        "url_sha256": url_sha256(row["url"]),
+        **arrived.digests,
+        "original_size": list(layout.original),
+        "crop": layout.crop,
+        "size": list(layout.stored),
+        "width": layout.stored[0],
+        "height": layout.stored[1],
         "split": part.split,
         "scores": {name: value for name, value in kept.items() if isinstance(value, float)},
         "source": {name: value for name, value in kept.items() if not isinstance(value, float)},
     }
-    return {"jpg": image, "txt": caption, "json": facts}
+    return {"jpg": arrived.picture.jpeg, "txt": caption, "json": facts}
 
 
 def _is_present(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
-
-
-def center_square(width: int, height: int) -> list[int]:
-    """Left, top, right, bottom of the square that was kept, in original pixels (rounded down)."""
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return [left, top, left + side, top + side]

@@ -31,16 +31,15 @@ from PIL import Image
 from rich.console import Console
 
 from data_pipeline.cluster import InlineExecutor, RayExecutor
+from data_pipeline.engine import Collector, reason_of
 from data_pipeline.runner import Runner
 from data_pipeline.stage import Unit
 from data_pipeline.stages.download import (
     DownloadStage,
     ShardFailedError,
     _refuse_total_loss,
-    center_square,
     download_part,
     read_part,
-    reason_of,
 )
 from sdtrain.config.ingestion import DownloadConfig
 from sdtrain.data.shard import ShardReader
@@ -144,7 +143,7 @@ class Site(BaseHTTPRequestHandler):
 
 
 def serve() -> int:
-    site = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    site = ThreadingHTTPServer(("0.0.0.0", 0), Site)
     site.daemon_threads = True
     threading.Thread(target=site.serve_forever, daemon=True).start()
     return site.server_address[1]
@@ -216,7 +215,7 @@ def scenario_hostile(folder: Path) -> None:
         (f"{here}/bomb/1", "too_many_pixels"),
         (f"{here}/broken/1", "undecodable"),
         (f"{here}/noai/1", "refused:robots_tag"),
-        (f"{here}/down/1", "http_503"),
+        (f"http://127.0.0.2:{port}/down/1", "http_503"),
         (f"{here}/away/file:///etc/passwd", "refused:scheme"),
         (f"{here}/away/http://169.254.169.254:{port}/latest", "refused:link_local"),
         (f"{here}/away/http://10.0.0.1:{port}/", "refused:private_address"),
@@ -235,6 +234,7 @@ def scenario_hostile(folder: Path) -> None:
     assert (stats["rows"], stats["stored"], stats["split"]) == (len(rows), 5, "train")
     check_samples(folder / "one" / "00000.tar", rows)
     assert sorted(path.name for path in (folder / "one").glob("00000*")) == [
+        "00000.failed.parquet",
         "00000.stats.json",
         "00000.tar",
         "00000.tar.index.json",
@@ -303,7 +303,7 @@ def scenario_lost(folder: Path) -> None:
     """All rows fail: for good reasons an empty shard, for passing ones a failure."""
     port = serve()
     gone = write_part(folder / "parts", 0, [f"http://127.0.0.1:{port}/gone/1", "file:///etc/passwd"])
-    down = write_part(folder / "parts", 1, [f"http://127.0.0.1:{port}/gone/1", f"http://127.0.0.1:{port}/down/1"])
+    down = write_part(folder / "parts", 1, [f"http://127.0.0.1:{port}/gone/1", f"http://127.0.0.2:{port}/down/1"])
     work = DownloadStage(folder / "parts", folder / "one", settings(port)).worker()
     for name in ("0", "1"):
         (folder / name).mkdir()
@@ -351,12 +351,8 @@ def test_scenario(scenario: str, tmp_path: Path) -> None:
         ("too_large", "too_large"),
         ("unknown url type: 'a'", "refused:scheme"),
         ("Invalid IPv6 URL", "refused:url"),
-        ("image too small", "too_small"),
-        ("Image decoding error", "undecodable"),
-        ("OpenCV(4.13.0) error: (-215) pixels <= CV_IO_MAX_IMAGE_PIXELS in function 'x'", "too_many_pixels"),
-        ("OpenCV(4.13.0) error: (-4:Insufficient memory) Failed to allocate 4 bytes", "out_of_memory"),
+        ("too_small 20x31; stored are (32, 32)", "too_small"),
         ("Unable to allocate 1. GiB for an array", "out_of_memory"),
-        ("OpenCV(4.13.0) error: something else", "undecodable"),
         ("", "out_of_memory"),
         ("a surprise", "internal_error"),
     ],
@@ -375,14 +371,6 @@ def test_only_permanent_reasons_make_an_empty_shard() -> None:
             _refuse_total_loss({"http_404": 2, reason: 1}, part)
 
 
-@pytest.mark.parametrize(
-    ("size", "crop"),
-    [((64, 48), [8, 0, 56, 48]), ((48, 65), [0, 8, 48, 56]), ((10, 10), [0, 0, 10, 10])],
-)
-def test_the_crop_is_said_in_original_pixels(size: tuple[int, int], crop: list[int]) -> None:
-    assert center_square(*size) == crop
-
-
 def test_parts_must_have_their_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["a"], "TEXT": ["b"]}), tmp_path / "00000.parquet")
     with pytest.raises(
@@ -391,10 +379,17 @@ def test_parts_must_have_their_columns(tmp_path: Path) -> None:
         read_part(tmp_path / "00000.parquet", 10)
 
 
+def unused() -> Collector:
+    def resizer(body: memoryview) -> Any:
+        raise AssertionError("nothing was fetched")
+
+    return Collector(resizer)
+
+
 def test_a_part_larger_than_a_shard_is_refused(tmp_path: Path) -> None:
     path = write_part(tmp_path, 0, ["http://a.example/"] * 3)
     with pytest.raises(DataError, match=r"3 rows, download.samples_per_shard allows 2; run the stages before again"):
-        download_part(Unit(0, (path,)), tmp_path, settings=settings(80, samples_per_shard=2))
+        download_part(Unit(0, (path,)), tmp_path, collector=unused(), settings=settings(80, samples_per_shard=2))
 
 
 def test_a_part_belongs_to_one_split(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_line_breaks_cannot_smuggle_a_second_header() -> None:
 
 def test_blocked_urls_are_not_opened() -> None:
     url = "http://images.example/1.jpg"
-    policy = TransportPolicy(contact=CONTACT, blocked_url_sha256=frozenset({hashlib.sha256(url.encode()).hexdigest()}))
+    policy = TransportPolicy(contact=CONTACT, blocked_urls=frozenset({hashlib.sha256(url.encode()).hexdigest()}))
     opener = HardenedOpener(policy, resolve=lambda host, port: ["93.184.216.34"], connect=never_connect)
     assert str(refusal(lambda: opener.open(url))) == "refused:blocked_url the URL is on the block list"
 
