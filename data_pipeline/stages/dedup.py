@@ -7,8 +7,8 @@ Four passes, each a stage of its own, so that memory stays bounded and any numbe
 3. `dedup-keep`: each filtered file's survivors, with key, hash, split and the number of rows they stand for.
 4. `dedup`: numbered parts of `samples_per_shard` rows, each all train or all validation.
 
-The first two passes know identities only (`data_pipeline.stages.identity`): by byte hash or perceptual hash they work
-on any parquet file that has a column of them.
+The first two passes know identities only (`data_pipeline.stages.identity`): they find pictures of equal bytes as well
+(`data_pipeline.stages.content_dedup`).
 """
 
 from __future__ import annotations
@@ -212,7 +212,8 @@ class PickStage:
         funnel = {"rows_in": rows_in + excluded, "excluded": excluded, "duplicates": rows_in - rows_out}
         write_atomically(self.folder / "duplicates.json", json.dumps(funnel | {"rows_out": rows_out}, indent=2) + "\n")
         words = f", {excluded:,} excluded" if excluded else ""
-        return f"dedup: {rows_in - rows_out:,} of {rows_in + excluded:,} rows are duplicates{words}, {rows_out:,} left"
+        told = f"{rows_in - rows_out:,} of {rows_in + excluded:,} rows are duplicates{words}, {rows_out:,} left"
+        return f"{self.name.removesuffix('-pick')}: {told}"
 
 
 def _first_of_each(

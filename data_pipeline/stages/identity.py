@@ -136,25 +136,23 @@ class TextIdentity:
 
 @dataclass(frozen=True)
 class HashIdentity:
-    """By a column of hashes: sha256 of a picture's bytes, or a perceptual hash, once pictures are there.
+    """By a column of hashes, such as the sha256 of pictures, once pictures are there.
 
     Equal means the same hash (its first 128 bits). Rows without one stay out of it.
 
     Attributes:
         column: A text column of hexadecimal hashes.
-        exclude: Lists of such hashes, one in each line.
     """
 
     column: str
-    exclude: tuple[Path, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """The column."""
         return {"column": self.column}
 
     def lists(self) -> tuple[Path, ...]:
-        """The lists of excluded hashes."""
-        return self.exclude
+        """None: what is excluded has no hash any more."""
+        return ()
 
     def of(self, path: Path) -> Iterator[Identities]:
         """Read the column.
@@ -164,14 +162,12 @@ class HashIdentity:
         """
         if self.column not in pq.read_schema(path).names:
             raise DataError(f"{path}: no column {self.column!r}; run the stage that hashes the pictures")
-        excluded = to_words(sorted({_from_hex(line, file) for file in self.exclude for line in _lines(file)}))
         first = 0
         for batch in pq.ParquetFile(path).iter_batches(BATCH_ROWS, columns=[self.column]):
             texts = batch[self.column]
             rows = np.flatnonzero(texts.is_valid().to_numpy(zero_copy_only=False)) + first
             high, low = to_words(_from_hex(text, path) for text in texts.drop_null().to_pylist())
-            found = Identities(high, low, rows, mixed(high ^ mixed(low)))
-            yield found.take(np.flatnonzero(~is_listed(high, low, excluded)))
+            yield Identities(high, low, rows, mixed(high ^ mixed(low)))
             first += len(texts)
 
 
