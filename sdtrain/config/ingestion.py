@@ -292,6 +292,20 @@ class PlanConfig(Section):
     encode_images_per_second: PositiveFloat | None = None
 
 
+class CardConfig(Section):
+    """What the data card says that no stage can know.
+
+    Attributes:
+        license: Licence or terms under which pictures and captions may be used, in your words.
+        contact: Whom to write to, to have a picture taken down.
+        notes: What else a reader should know: purpose, known gaps, what the data must not be used for.
+    """
+
+    license: NonEmptyStr | None = None
+    contact: NonEmptyStr | None = None
+    notes: NonEmptyStr | None = None
+
+
 class RunnerConfig(Section):
     """How the stages are spread by Ray; the output does not depend on it.
 
@@ -329,6 +343,7 @@ class IngestionConfig(Section):
         encode: How pictures become latents; null stores pictures only (to train an autoencoder).
         runner: How the stages are spread.
         plan: What the forecast goes by.
+        card: What the data card says beyond what the stages know.
     """
 
     schema_version: SchemaVersion
@@ -348,6 +363,7 @@ class IngestionConfig(Section):
     encode: EncodeConfig | None = None
     runner: RunnerConfig = RunnerConfig()
     plan: PlanConfig = PlanConfig()
+    card: CardConfig = CardConfig()
 
 
 def filter_ranges_are_not_empty(filter: FilterConfig) -> Iterator[Problem]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from sdtrain.data.captions import clean_caption
 from sdtrain.errors import DataError
 
 PADDING = 6
@@ -16,20 +16,6 @@ FONT_SIZE = 11
 MIN_CELL = 112  # smaller pictures are enlarged by a whole factor, so that a caption fits beside them
 MAX_CAPTION_LINES = 3
 _PAPER, _INK = (255, 255, 255), (60, 60, 67)
-_JOINERS = "\u200c\u200d"  # spell words in several scripts, and reorder nothing
-
-
-def clean_caption(text: str) -> str:
-    """A caption that can be shown anywhere: NFC, one line, no control, bidi or other invisible format characters.
-
-    A right-to-left override in a web caption would otherwise turn the text around it; a lone surrogate cannot be
-    written to a file at all.
-    """
-    spaced = " ".join(text.split())
-    kept = [char for char in spaced if char in _JOINERS or unicodedata.category(char) not in {"Cc", "Cf", "Cs", "Cn"}]
-    return " ".join(unicodedata.normalize("NFC", "".join(kept)).split())
-
-
 def wrap_caption(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Lines no wider than `width` pixels, broken at spaces; what does not fit in the last line ends in an ellipsis."""
     lines: list[str] = []

@@ -6,7 +6,8 @@ from PIL import ImageFont
 
 from sdtrain.errors import DataError
 from sdtrain.evaluation import grids
-from sdtrain.evaluation.grids import PADDING, clean_caption, make_grid, wrap_caption
+from sdtrain.data.captions import clean_caption
+from sdtrain.evaluation.grids import PADDING, make_grid, wrap_caption
 
 
 def flat_pictures(count: int, size: int = 128) -> np.ndarray:
