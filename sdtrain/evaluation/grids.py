@@ -16,6 +16,8 @@ FONT_SIZE = 11
 MIN_CELL = 112  # smaller pictures are enlarged by a whole factor, so that a caption fits beside them
 MAX_CAPTION_LINES = 3
 _PAPER, _INK = (255, 255, 255), (60, 60, 67)
+
+
 def wrap_caption(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Lines no wider than `width` pixels, broken at spaces; what does not fit in the last line ends in an ellipsis."""
     lines: list[str] = []

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain import __version__
-from sdtrain.errors import ConfigError, DataError
 from sdtrain.data.captions import clean_caption
+from sdtrain.errors import ConfigError, DataError
 from sdtrain.evaluation.run_story import RunStory, read_run
 from sdtrain.run_dir import write_atomically
 
