@@ -172,9 +172,10 @@ class RayExecutor:
         self._join()
         import ray
 
+        room = _Room(stage.name, is_private=self.address is None)
+        room.check_services()
         slots = self.workers or int(ray.cluster_resources().get("CPU", 1))
-        options = self._options(stage, slots)
-        room = _Room(stage.name, options, is_private=self.address is None)
+        room.options = options = self._options(stage, slots)
         parallel = max(1, int(slots // max(options["num_cpus"], 1)))
         parallel = min(parallel, stage.needs.max_workers or parallel, num_units)
         pool_class = _ActorPool if stage.needs.keeps_worker else _TaskPool
@@ -246,13 +247,13 @@ class _Room:
 
     Attributes:
         stage_name: For the message.
-        options: What one worker takes, in Ray's words.
         is_private: Ray's own processes are children of this one.
+        options: What one worker takes, in Ray's words.
     """
 
     stage_name: str
-    options: Mapping[str, Any]
     is_private: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
     _looked: float = field(default=0.0, init=False)
     _last_seen: float = field(default_factory=time.monotonic, init=False)
 
@@ -262,11 +263,7 @@ class _Room:
         Raises:
             PeerLostError: Ray itself died, or no node could take a worker for a minute.
         """
-        if self.is_private and (dead := dead_services()):
-            raise PeerLostError(
-                f"stage {self.stage_name}: Ray's {' and '.join(dead)} died (killed, or out of memory); "
-                "what is committed stands, run again to go on"
-            )
+        self.check_services()
         now = time.monotonic()
         if now - self._looked < _LOOK_EVERY_SECONDS:
             return
@@ -275,6 +272,18 @@ class _Room:
             self._last_seen = now
         elif now - self._last_seen > _PATIENCE_SECONDS:
             raise PeerLostError(self._message())
+
+    def check_services(self) -> None:
+        """Look whether Ray is alive; without its raylet, calls to it hang or end this process.
+
+        Raises:
+            PeerLostError: It is not.
+        """
+        if self.is_private and (dead := dead_services()):
+            raise PeerLostError(
+                f"stage {self.stage_name}: Ray's {' and '.join(dead)} died (killed, or out of memory); "
+                "what is committed stands, run again to go on"
+            )
 
     def _alive(self) -> list[dict[str, Any]]:
         import ray
