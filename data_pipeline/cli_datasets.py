@@ -52,3 +52,21 @@ def takedown(
     else:
         show(report, Console())
     refuse_gaps(report)
+
+
+@app.command(epilog="Example: sdtrain-data card configs/sd15/data.yaml")
+def card(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A page of kind ingestion (YAML).")],
+    words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Write the data card of a finished data set again; `run` does so whenever it has written the manifest."""
+    from rich.console import Console
+
+    from data_pipeline.build import executor_for, runner_for, stages_for
+    from data_pipeline.card import refuse_other_page, write_card
+    from sdtrain.config.load import load_ingestion
+
+    page = load_ingestion(config, words or ())
+    stages = stages_for(page)
+    refuse_other_page(runner_for(page, executor_for(page), Console()), stages)
+    typer.echo(f"card: wrote {write_card(page, stages)}")

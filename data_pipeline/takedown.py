@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
+from data_pipeline.card import bring_up_to_date
 from data_pipeline.progress import StageProgress
 from data_pipeline.takedown_report import Masked, Report, seen_by
 from sdtrain.data.manifest import Manifest, ShardEntry
@@ -246,6 +247,8 @@ def take_down(
         looked = _look_up_together([one for one in found if one.folder == folder], frozenset(wanted.lines), console)
         draft = Entry(date, reason or _NOT_GIVEN, wanted.name, wanted.sha256, tuple(sorted(wanted.lines)), (), {})
         masked += _mask(looked, draft, dry_run=dry_run)
+        if not dry_run:
+            bring_up_to_date(folder)
         for one in looked:
             unreadable += one.unreadable
             for key, requests in one.requests.items():
