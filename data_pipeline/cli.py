@@ -64,6 +64,10 @@ def run(
             _print_plans(runner, [stage for stage in stages if stage.name in chosen], stages)
         else:
             _run(runner, stages, wanted)
+            if "manifest" in chosen:
+                from data_pipeline.card import write_card
+
+                typer.echo(f"card: wrote {write_card(page, stages)}")
 
 
 @app.command(epilog="Example: sdtrain-data plan configs/sd15/data.yaml filter.min_aesthetic=6 plan.bandwidth_mbit=500")
