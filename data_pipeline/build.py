@@ -12,7 +12,16 @@ from data_pipeline.cluster import RayExecutor
 from data_pipeline.runner import Runner
 from data_pipeline.stage import Stage
 from data_pipeline.stages.filter import FilterSettings
-from sdtrain.config.ingestion import DigitsSource, DownloadConfig, FilterConfig, IngestionConfig, LaionSource
+from sdtrain.config.curation import ScoresConfig
+from sdtrain.config.ingestion import (
+    DigitsSource,
+    DownloadConfig,
+    FilterConfig,
+    IngestionConfig,
+    LaionSource,
+    ShardsSource,
+)
+from sdtrain.errors import ConfigError
 
 
 def stages_for(config: IngestionConfig) -> list[Stage]:
@@ -20,17 +29,53 @@ def stages_for(config: IngestionConfig) -> list[Stage]:
     match config.source:
         case LaionSource():
             stages = _laion_stages(config, config.source)
+        case ShardsSource():
+            stages = _adopting_stages(config, config.source)
         case DigitsSource():
             stages = [_digits_stage(config, config.source)]
-    return [*stages, *_shard_stages(config)]
+    return [*stages, *_curation_stages(config), *_shard_stages(config)]
 
 
 def _laion_stages(config: IngestionConfig, source: LaionSource) -> list[Stage]:
     """Metadata to images."""
-    from data_pipeline.stages.dedup import dedup_stages
     from data_pipeline.stages.download import DownloadStage
-    from data_pipeline.stages.filter import filter_stages
     from data_pipeline.stages.metadata import MetadataStage
+
+    out = config.output
+    return [
+        MetadataStage(source.metadata, source.columns, out / "01-metadata"),
+        *_row_stages(config),
+        DownloadStage(
+            out / "03-dedup",
+            images_folder(out),
+            config.download,
+            memory_limit_bytes=config.runner.memory_per_worker_bytes,
+        ),
+    ]
+
+
+def _adopting_stages(config: IngestionConfig, source: ShardsSource) -> list[Stage]:
+    """Shards of others to images."""
+    from data_pipeline.stages.adopt import AdoptStage, ShardTablesStage
+
+    out = config.output
+    return [
+        ShardTablesStage(source.shards, config.download.max_bytes, out / "01-metadata"),
+        *_row_stages(config),
+        AdoptStage(
+            out / "01-metadata",
+            out / "03-dedup",
+            images_folder(out),
+            config.download,
+            memory_limit_bytes=config.runner.memory_per_worker_bytes,
+        ),
+    ]
+
+
+def _row_stages(config: IngestionConfig) -> list[Stage]:
+    """Rows of metadata to parts of equal size."""
+    from data_pipeline.stages.dedup import dedup_stages
+    from data_pipeline.stages.filter import filter_stages
 
     out = config.output
     dedup = dedup_stages(
@@ -42,17 +87,44 @@ def _laion_stages(config: IngestionConfig, source: LaionSource) -> list[Stage]:
         samples_per_shard=config.download.samples_per_shard,
         exclude=config.dedup.exclude,
     )
-    return [
-        MetadataStage(source.metadata, source.columns, out / "01-metadata"),
-        *filter_stages(filter_settings(config.filter), out / "01-metadata", out / "02-filter"),
-        *dedup,
-        DownloadStage(
-            out / "03-dedup",
-            images_folder(out),
-            config.download,
-            memory_limit_bytes=config.runner.memory_per_worker_bytes,
-        ),
-    ]
+    return [*filter_stages(filter_settings(config.filter), out / "01-metadata", out / "02-filter"), *dedup]
+
+
+def _curation_stages(config: IngestionConfig) -> list[Stage]:
+    """Images to the images that are kept; none where the page asks for neither content dedup nor scores."""
+    if config.content_dedup is None and config.scores is None:
+        return []
+    from data_pipeline.stages.content_dedup import content_dedup_stages
+    from data_pipeline.stages.score import ScorePercentilesStage, ScoreStage
+    from data_pipeline.stages.select import SelectStage, thresholds_of
+
+    out, images = config.output, images_folder(config.output)
+    stages: list[Stage] = []
+    verdicts = scored = percentiles = None
+    if config.content_dedup is not None:
+        verdicts = out / "04-content-dedup"
+        stages += content_dedup_stages(config.content_dedup, config.download, images, verdicts)
+    thresholds = thresholds_of(config.scores)
+    if config.scores is not None:
+        scored = out / "04-score"
+        stages.append(ScoreStage(config.scores, images, verdicts, scored, num_gpus=_gpus_for(config.scores)))
+    ranked = tuple(sorted({threshold.score for threshold in thresholds if threshold.is_percentile}))
+    if ranked and scored is not None:
+        percentiles = out / "04-score-percentiles"
+        stages.append(ScorePercentilesStage(ranked, scored, percentiles))
+    return [*stages, SelectStage(images, verdicts, scored, percentiles, thresholds, selected_folder(config))]
+
+
+def _gpus_for(scores: ScoresConfig) -> int:
+    """GPUs of a worker that scores.
+
+    Raises:
+        ConfigError: The page wants one where there is none.
+    """
+    found = 0 if scores.device == "cpu" else _gpus_of_a_worker()
+    if scores.device == "cuda" and not found:
+        raise ConfigError("scores.device is cuda, but this machine has no GPU that torch can use; take auto or cpu")
+    return found
 
 
 def _digits_stage(config: IngestionConfig, source: DigitsSource) -> Stage:
@@ -77,19 +149,31 @@ def _shard_stages(config: IngestionConfig) -> list[Stage]:
     from data_pipeline.stages.manifest import ManifestStage
 
     out = config.output
-    images, tokens, latents = images_folder(out), out / "06-tokens", out / "07-encode"
+    images, tokens, latents = selected_folder(config), out / "06-tokens", out / "07-encode"
     transform = ImageTransform(config.download)
     listed = ManifestStage("images", images, out / "05-images", out / "images.json", (transform,))
     target = out / "manifest.json"
     if config.encode is None:
-        return [listed, ManifestStage("manifest", images, out / "08-manifest", target, (transform,))]
+        captions, last = _captions_stages(config, images)
+        return [listed, *captions, ManifestStage("manifest", last, out / "08-manifest", target, (transform,))]
     from data_pipeline.stages.encode import EncodeStage
     from data_pipeline.stages.tokenize import TokenizeStage
 
     tokenize = TokenizeStage(images, tokens, config.tokenize.max_length)
     encode = EncodeStage(images, tokens, latents, config.encode, num_gpus=_gpus_of_a_worker())
-    manifest = ManifestStage("manifest", latents, out / "08-manifest", target, (transform, tokenize, encode))
-    return [listed, tokenize, encode, manifest]
+    captions, last = _captions_stages(config, latents)
+    manifest = ManifestStage("manifest", last, out / "08-manifest", target, (transform, tokenize, encode))
+    return [listed, tokenize, encode, *captions, manifest]
+
+
+def _captions_stages(config: IngestionConfig, source: Path) -> tuple[list[Stage], Path]:
+    """The stages that replace text, and the folder of the shards after them."""
+    if config.captions is None:
+        return [], source
+    from data_pipeline.stages.captions import caption_stages
+
+    table, by, folder = config.captions.table, config.captions.by, config.output / "07-captions"
+    return caption_stages(table, by, config.tokenize.max_length, source, folder), folder
 
 
 @dataclass(frozen=True)
@@ -119,6 +203,12 @@ def _gpus_of_a_worker() -> int:
 def images_folder(output: Path) -> Path:
     """Where the image shards of every source lie."""
     return output / "04-download"
+
+
+def selected_folder(config: IngestionConfig) -> Path:
+    """Where the image shards lie that everything after them is made of."""
+    is_selected = config.content_dedup is not None or config.scores is not None
+    return config.output / "04-select" if is_selected else images_folder(config.output)
 
 
 def filter_settings(config: FilterConfig) -> FilterSettings:

@@ -67,7 +67,7 @@ def find_tables(where: str) -> Sequence[Path] | Sequence[RemoteTable]:
         DataError: There is none, or the place cannot be reached.
         ConfigError: No installed library reads such URLs.
     """
-    found = _remote_tables(where) if is_url(where) else _local_tables(Path(where))
+    found = find_files(where, _SUFFIX)
     if not found:
         raise DataError(
             f"source.metadata: {where}: no parquet file there; give a folder of *.parquet, a glob such as "
@@ -76,13 +76,19 @@ def find_tables(where: str) -> Sequence[Path] | Sequence[RemoteTable]:
     return found
 
 
-def _local_tables(place: Path) -> list[Path]:
+def find_files(where: str, suffix: str) -> Sequence[Path] | Sequence[RemoteTable]:
+    """As `find_tables` for files of any ending; may be empty."""
+    return _remote_files(where, suffix) if is_url(where) else local_files(Path(where), suffix)
+
+
+def local_files(place: Path, suffix: str) -> list[Path]:
+    """The files of a folder, of a glob, or a single one, sorted by name."""
     root = Path(place.anchor)
-    found = place.glob(f"*{_SUFFIX}") if place.is_dir() else root.glob(str(place.relative_to(root)))
+    found = place.glob(f"*{suffix}") if place.is_dir() else root.glob(str(place.relative_to(root)))
     return sorted(path for path in found if path.is_file())
 
 
-def _remote_tables(url: str) -> list[RemoteTable]:
+def _remote_files(url: str, suffix: str) -> list[RemoteTable]:
     with reaching(url) as (files, path):
         if ("*" in path or "[" in path) and not url.startswith("http"):
             found = files.glob(path, detail=True)
@@ -93,7 +99,7 @@ def _remote_tables(url: str) -> list[RemoteTable]:
         tables = [
             _remote_table(files.unstrip_protocol(name), row)
             for name, row in sorted(found.items())
-            if row["type"] == "file" and (name.endswith(_SUFFIX) or len(found) == 1)
+            if row["type"] == "file" and (name.endswith(suffix) or len(found) == 1)
         ]
     return tables
 

@@ -21,6 +21,7 @@ from data_pipeline.funnel import Funnel
 from data_pipeline.stage import Needs, Unit, Work, one_to_one
 from data_pipeline.stages.content_dedup import DUPLICATE, EXCLUDED
 from data_pipeline.stages.percentiles import value_at_percentile
+from sdtrain.config.curation import ScoresConfig
 from sdtrain.data.shard import ShardReader, ShardWriter
 from sdtrain.errors import DataError
 
@@ -43,6 +44,19 @@ class Threshold:
     def rule(self) -> str:
         """Its name in the funnel."""
         return f"{self.score}_percentile" if self.is_percentile else self.score
+
+
+def thresholds_of(scores: ScoresConfig | None) -> tuple[Threshold, ...]:
+    """The thresholds of a page, in the order in which they are applied."""
+    if scores is None:
+        return ()
+    limits = (
+        ("similarity", scores.min_similarity, False),
+        ("similarity", scores.similarity_percentile, True),
+        ("aesthetic", scores.min_aesthetic, False),
+        ("aesthetic", scores.aesthetic_percentile, True),
+    )
+    return tuple(Threshold(score, value, ranked) for score, value, ranked in limits if value is not None)
 
 
 @dataclass(frozen=True)
