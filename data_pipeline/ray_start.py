@@ -23,6 +23,7 @@ def start_private(workers: int, memory_per_worker_bytes: int | None) -> None:
         memory_per_worker_bytes: What each may reserve; None declares what the machine has.
     """
     _set_environment()
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else Ray listens on every interface
     if _token_source() is None:  # Ray would leave one in the home folder, readable by everybody
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray

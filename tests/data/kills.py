@@ -37,7 +37,10 @@ LIMIT_SECONDS = 150.0
 END_SECONDS = 60.0
 """How long a driver may take to notice that its raylet is dead."""
 ORPHAN_SECONDS = 30.0
-"""How long processes of a killed run may outlive it."""
+"""How long workers and services of a killed run may outlive it."""
+AGENT_SECONDS = 120.0
+"""The same for the raylet's two agents, which wait a minute for a dead GCS before they give up; they are idle."""
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 COMMITS_BETWEEN = 8
 CHANGES_BETWEEN = 120
 
@@ -170,6 +173,7 @@ class Campaign:
             if self.disturb(number, run, watched) == 0:
                 break
         watched.look()
+        watched.gone(AGENT_SECONDS, but=())
         self.compare(run)
         shutil.rmtree(run.folder)
 
@@ -289,13 +293,18 @@ class Watched:
             Broken: One of them lives on.
         """
         code = start.wait(END_SECONDS if start.code is None else 0)
+        seconds = self.gone(ORPHAN_SECONDS, but=AGENTS)
+        words = {-signal.SIGKILL: "killed", 0: "done", ExitCode.HANG: "exit 6"}.get(code, f"exit {code}")
+        return f"{words}, the rest gone in {seconds:.1f} s"
+
+    def gone(self, limit_seconds: float, *, but: Sequence[str]) -> float:
+        """How long it takes until no process of the run is left, but for those whose command lines `but` names."""
         began = time.monotonic()
-        while left := self.run.processes():
-            if time.monotonic() - began > ORPHAN_SECONDS:
+        while left := [line for line in self.run.processes().values() if line not in but]:
+            if time.monotonic() - began > limit_seconds:
                 raise Broken(f"processes were left behind: {left}")
             time.sleep(0.1)
-        words = {-signal.SIGKILL: "killed", 0: "done", ExitCode.HANG: "exit 6"}.get(code, f"exit {code}")
-        return f"{words}, all gone in {time.monotonic() - began:.1f} s"
+        return time.monotonic() - began
 
 
 def rows(run: Run) -> int:
