@@ -54,19 +54,20 @@ def join_cluster(address: str) -> None:
     Raises:
         ConfigError: Nothing answers, or the cluster does not take this process's token.
     """
-    _set_environment()
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it would tell each of its twenty attempts
-    import ray
-    from ray._private.authentication import authentication_token_setup
-    from ray.exceptions import AuthenticationError
-
     where = f"runner.address: {address!r}"
-    token = _token_source()
-    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         _probe(address)
     except OSError as error:
         raise ConfigError(f"{where}: no Ray cluster answers ({error}); {_HOW_TO_START}") from None
+    _set_environment()
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it would tell each of its attempts
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")  # seconds; something listens there already
+    import ray
+    from ray._private.authentication import authentication_token_setup
+    from ray.exceptions import AuthenticationError
+
+    token = _token_source()
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, AuthenticationError) as error:

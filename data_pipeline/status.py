@@ -197,10 +197,12 @@ def table_of(status: Status) -> Table:
 def lines_of(status: Status) -> Iterator[str]:
     """What is said beside the table: who runs, what is slow, what failed."""
     now, attempt = time.time(), status.attempt
-    if attempt is None:
-        yield "nothing has run yet"
-    else:
+    if attempt is not None:
         yield _attempt_in_words(attempt, now)
+    elif status.stages:
+        yield f"no {PROGRESS_FILE}: counts are those of the ledgers"
+    else:
+        yield "nothing has run yet"
     for stage in status.stages:
         for row in stage.oldest[:1]:
             begun = duration(now - row["since"])
