@@ -13,7 +13,8 @@ from typing import Any
 
 from sdtrain.data.captions import clean_caption
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~-])")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]()#!|~])")
+_LIST_MARK = re.compile(r"^(\d*)([-+.])")
 _BAR = 24
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _SHOWN = 25
@@ -49,7 +50,7 @@ def to_markdown(card: Mapping[str, Any]) -> str:
 def shown(text: object) -> str:
     """A text that Markdown and HTML show as it is: no markup, no link, no line break, nothing invisible."""
     escaped = html.escape(clean_caption(str(text)), quote=False)
-    escaped = _SPECIAL.sub(r"\\\1", escaped)
+    escaped = _LIST_MARK.sub(r"\1\\\2", _SPECIAL.sub(r"\\\1", escaped))
     return escaped.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")  # no link by itself
 
 
@@ -163,8 +164,8 @@ def _splits(card: Mapping[str, Any]) -> str:
     text = _table("Splits and manifests", ("manifest", "split", "samples", "shards", "size", "sha256"), rows)
     asked = card["validation"]
     return (
-        f"{text}\n\nValidation was asked to hold {asked['num_samples']:,} samples, drawn before the download by a hash "
-        f"of the URL with seed {asked['seed']}; none of them is trained on. Links that had died made it smaller."
+        f"{text}\n\nValidation was asked to hold {asked['num_samples']:,} samples (seed {asked['seed']}), chosen "
+        "before any picture was fetched, so that it may hold fewer; none of them is trained on."
     )
 
 

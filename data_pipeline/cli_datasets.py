@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 app = typer.Typer(rich_markup_mode=None)
+
+
+class Format(Enum):
+    """What a data set can be exported as."""
+
+    HF = "hf"
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
 
@@ -70,3 +78,28 @@ def card(
     stages = stages_for(page)
     refuse_other_page(runner_for(page, executor_for(page), Console()), stages)
     typer.echo(f"card: wrote {write_card(page, stages)}")
+
+
+@app.command(epilog="Example: sdtrain-data export configs/sd15/data.yaml --format hf --out exports/laion --with tokens")
+def export(
+    data: Annotated[Path, typer.Argument(metavar="CONFIG|MANIFEST", help="The page of a data set, or an images.json.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    format: Annotated[Format, typer.Option(help="hf: a folder that `datasets.load_from_disk` opens.")] = Format.HF,
+    extra: Annotated[
+        list[str] | None, typer.Option("--with", metavar="tokens|moments", help="A further column; may be repeated.")
+    ] = None,
+) -> None:
+    """Write a data set in another format, without the samples that are taken down."""
+    from rich.console import Console
+
+    from data_pipeline.export import export as write
+    from data_pipeline.export import source_of
+    from sdtrain.config.load import load_ingestion
+
+    wanted = data if data.suffix == ".json" else load_ingestion(data)
+    source = source_of(wanted, extra or ())
+    counts = write(source, out, Console(stderr=True))
+    told = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    typer.echo(
+        f"export: wrote {out}: {told} samples ({format.value}, {len(source.pictures.takedown.keys):,} taken down)"
+    )
