@@ -311,7 +311,11 @@ class _Room:
 
 
 class _RayPool:
-    """Attempts in flight by Ray reference."""
+    """Attempts in flight by Ray reference.
+
+    Stages and outcomes are small and travel inside Ray's messages: a driver that uses the object store is ended by Ray,
+    without a word, when its raylet dies.
+    """
 
     def __init__(self, room: _Room):
         self._room = room
@@ -356,7 +360,7 @@ class _TaskPool(_RayPool):
 
         super().__init__(room)
         self.capacity = 2 * parallel  # as many wait beside a worker, so that none is idle
-        self._stage = ray.put(stage)
+        self._stage = stage
         self._remote: Any = ray.remote(max_retries=0, **options)(_task)
 
     def submit(self, unit: Unit, folder: Path) -> None:
@@ -377,7 +381,7 @@ class _ActorPool(_RayPool):
         import ray
 
         super().__init__(room)
-        self._stage = ray.put(stage)
+        self._stage = stage
         self._actor_class: Any = ray.remote(max_restarts=0, **options)(_Keeper)
         self._starting: dict[Any, Any] = {}
         self._idle: list[Any] = []

@@ -36,11 +36,8 @@ LIMIT_SECONDS = 150.0
 """No start may last longer without being struck."""
 END_SECONDS = 60.0
 """How long a driver may take to notice that its raylet is dead."""
-ORPHAN_SECONDS = 30.0
-"""How long workers and services of a killed run may outlive it."""
-AGENT_SECONDS = 120.0
-"""The same for the raylet's two agents, which wait a minute for a dead GCS before they give up; they are idle."""
-AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+ORPHAN_SECONDS = 120.0
+"""How long processes may outlive their driver: a raylet's agents wait a minute for a dead GCS before they give up."""
 COMMITS_BETWEEN = 8
 CHANGES_BETWEEN = 120
 
@@ -173,8 +170,8 @@ class Campaign:
             if self.disturb(number, run, watched) == 0:
                 break
         watched.look()
-        watched.gone(AGENT_SECONDS, but=())
         self.compare(run)
+        self.say(f"complete, the same files and bytes; the last process was gone {watched.gone():.0f} s after the end")
         shutil.rmtree(run.folder)
 
     def disturb(self, number: int, run: Run, watched: Watched) -> int:
@@ -186,7 +183,7 @@ class Campaign:
             stage = follow(run, start, lambda: False)
             if note(run).exists():
                 self.record(number, victim, stage, note(run).read_text(), start, watched)
-            return self.ended(run, start, watched)
+            return self.ended(run, start)
         start = run.start(*self.words)
         while start.poll() is None:
             found = self.strike(run, start, victim)
@@ -196,7 +193,7 @@ class Campaign:
             if victim != "worker":
                 break
             victim = self.draw(planted=False)
-        return self.ended(run, start, watched)
+        return self.ended(run, start)
 
     def draw(self, *, planted: bool = True) -> str:
         """The next victim."""
@@ -223,16 +220,16 @@ class Campaign:
         """Look after a kill, and write it down."""
         end = "goes on"
         if victim != "worker":
-            end = watched.buried(start)
+            code = start.wait(END_SECONDS)
+            end = {-signal.SIGKILL: "killed", 0: "done", ExitCode.HANG: "exit 6"}.get(code, f"exit {code}")
         watched.look()
         kill = Kill(number, victim, stage, what, end, time.monotonic() - start.began)
         self.done.append(kill)
         self.say(f"{len(self.done)}: chain {number}, {victim}, {stage}, {what}: {end}, after {kill.seconds:.1f} s")
 
-    def ended(self, run: Run, start: Start, watched: Watched) -> int:
+    def ended(self, run: Run, start: Start) -> int:
         """The exit code of a start that was struck, or came to its end unscathed."""
         code = start.wait(LIMIT_SECONDS)
-        watched.buried(start)
         if code not in (0, -signal.SIGKILL, ExitCode.HANG):
             raise Broken(f"a start ended with {code}:\n{run.tail()}")
         return code
@@ -286,22 +283,15 @@ class Watched:
         self.committed = committed
         self.fetched |= {path: requests[path] for path in self.run.committed_paths() if path not in self.fetched}
 
-    def buried(self, start: Start) -> str:
-        """Wait for the driver's end and that of all processes of its run; in words.
+    def gone(self) -> float:
+        """How long it takes until no process of any of the run's starts is left.
 
         Raises:
             Broken: One of them lives on.
         """
-        code = start.wait(END_SECONDS if start.code is None else 0)
-        seconds = self.gone(ORPHAN_SECONDS, but=AGENTS)
-        words = {-signal.SIGKILL: "killed", 0: "done", ExitCode.HANG: "exit 6"}.get(code, f"exit {code}")
-        return f"{words}, the rest gone in {seconds:.1f} s"
-
-    def gone(self, limit_seconds: float, *, but: Sequence[str]) -> float:
-        """How long it takes until no process of the run is left, but for those whose command lines `but` names."""
         began = time.monotonic()
-        while left := [line for line in self.run.processes().values() if line not in but]:
-            if time.monotonic() - began > limit_seconds:
+        while left := self.run.processes():
+            if time.monotonic() - began > ORPHAN_SECONDS:
                 raise Broken(f"processes were left behind: {left}")
             time.sleep(0.1)
         return time.monotonic() - began
@@ -343,7 +333,6 @@ def main() -> int:
         try:
             while len(campaign.done) < given.kills:
                 campaign.chain(given.kills)
-                campaign.say("the chain is complete: the same files and bytes, nothing committed was fetched twice")
         except AssertionError as error:
             console.print(campaign.table())
             kept = Path(tempfile.mkdtemp(prefix="sdtrain-broken-"))
@@ -353,7 +342,10 @@ def main() -> int:
         console.print(campaign.table())
         seconds = time.monotonic() - began
         chains = max((kill.chain for kill in campaign.done), default=0)
-        campaign.say(f"{len(campaign.done)} kills in {chains} chains, {seconds:.0f} s, all as promised")
+        campaign.say(
+            f"{len(campaign.done)} kills in {chains} chains in {seconds:.0f} s: nothing committed was lost or fetched "
+            "twice, every chain ended with the files and bytes of the undisturbed run, no process was left"
+        )
         if given.output:
             figures = {"kills": [vars_of(kill) for kill in campaign.done], "chains": chains, "seconds": round(seconds)}
             given.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -143,7 +143,10 @@ def test_ledgers_without_a_progress_file_are_counted(tmp_path):
     assert [(stage.name, stage.state, stage.done, stage.rows) for stage in status.stages] == [
         ("filter", "unknown", 1, 3)
     ]
-    assert list(lines_of(status)) == ["nothing has run yet", "failed: filter 00001 after 3 attempts: boom"]
+    assert list(lines_of(status)) == [
+        "no progress.json: counts are those of the ledgers",
+        "failed: filter 00001 after 3 attempts: boom",
+    ]
 
 
 def test_a_folder_without_a_run_is_refused_unless_a_page_names_it(tmp_path):
