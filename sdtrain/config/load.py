@@ -39,6 +39,7 @@ __all__ = [
     "load_config",
     "load_ingestion",
     "load_sampling",
+    "load_section",
     "load_training",
     "refuse_on_resume",
 ]
@@ -113,10 +114,32 @@ def _load(path: Path, overrides: Sequence[str], wanted: str | None) -> Config:
     name = _kind_of(page.data, path, wanted)
     if page.data.get("name") is None:
         page.data["name"] = f"{path.resolve().parent.name}-{path.stem}".lstrip("-")
-    config, problems = _validate(KINDS[name], page.data)
+    kind = KINDS[name]
+    return _checked(path, page, kind.model, kind.rules, f"All keys of this kind of page: sdtrain config schema {name}")
+
+
+def load_section(
+    path: str | os.PathLike[str], model: type[Model], rules: Sequence[Rule] = (), *, footer: str = ""
+) -> Model:
+    """Read a YAML file of one section, such as a site's defaults for jobs, as strictly as a page.
+
+    Args:
+        path: A YAML file.
+        model: What it is validated by.
+        rules: What must hold between its keys.
+        footer: Last line of an error: where all keys are listed.
+
+    Raises:
+        ConfigError: Everything that is wrong with the file, in one message.
+    """
+    return _checked(Path(path), read_page(Path(path)), model, rules, footer)
+
+
+def _checked(path: Path, page: Page, model: type[Model], rules: Sequence[Rule], footer: str) -> Model:
+    config, problems = _validate(model, rules, page.data)
     problems = page.problems + problems
     if config is None or problems:
-        raise ConfigError(_message(path, name, page, problems))
+        raise ConfigError(_message(path, page, problems, footer))
     return config
 
 
@@ -138,17 +161,17 @@ def _kind_of(data: Mapping[str, Any], path: Path, wanted: str | None) -> str:
     return found
 
 
-def _validate(kind: Kind, data: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
+def _validate(model: type[Model], rules: Sequence[Rule], data: dict[str, Any]) -> tuple[Model | None, list[Problem]]:
     """The config, or all that is wrong; rules run on the sections that did validate."""
     try:
-        config = kind.model.model_validate_json(json.dumps(data))
+        config = model.model_validate_json(json.dumps(data))
     except ValidationError as failed:
         errors = failed.errors(include_url=False)
-        problems = [problem_of(error, kind.model, data) for error in errors]
-        sections = _valid_sections(kind.model, data, {str(error["loc"][0]) for error in errors})
-        return None, problems + list(_broken_rules(kind.rules, sections))
-    sections = {name: getattr(config, name) for name in kind.model.model_fields}
-    return config, list(_broken_rules(kind.rules, sections))
+        problems = [problem_of(error, model, data) for error in errors]
+        sections = _valid_sections(model, data, {str(error["loc"][0]) for error in errors})
+        return None, problems + list(_broken_rules(rules, sections))
+    sections = {name: getattr(config, name) for name in model.model_fields}
+    return config, list(_broken_rules(rules, sections))
 
 
 def _valid_sections(model: type[Section], data: Mapping[str, Any], failed: set[str]) -> dict[str, Any]:
@@ -172,12 +195,12 @@ def _broken_rules(rules: Sequence[Rule], sections: Mapping[str, Any]) -> Iterato
             yield from rule(**{name: sections[name] for name in needed})
 
 
-def _message(path: Path, kind: str, page: Page, problems: Sequence[Problem]) -> str:
+def _message(path: Path, page: Page, problems: Sequence[Problem], footer: str) -> str:
     """All problems under one headline, each with its value and its place."""
     lines = [_line(problem, page) for problem in dict.fromkeys(problems)]
     count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
     listed = "\n".join(f"  {line}" for line in lines)
-    return f"{path}: {count}\n{listed}\nAll keys of this kind of page: sdtrain config schema {kind}"
+    return f"{path}: {count}\n{listed}\n{footer}"
 
 
 def _line(problem: Problem, page: Page) -> str:
