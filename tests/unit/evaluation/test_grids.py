@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
+from sdtrain.data.captions import clean_caption
 from sdtrain.errors import DataError
 from sdtrain.evaluation import grids
-from sdtrain.data.captions import clean_caption
 from sdtrain.evaluation.grids import PADDING, make_grid, wrap_caption
 
 
