@@ -20,6 +20,8 @@ from sdtrain.data.plan import rank_slice
 from sdtrain.errors import ConfigError, SdtrainError
 from sdtrain.records import Batch
 
+_SMALL_BYTES = 2**16  # what a pipe takes at once
+
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples into a micro-batch; draws and fields keep their types."""
@@ -43,14 +45,33 @@ def _stack(arrays: Sequence[np.ndarray[Any, np.dtype[Any]]]) -> torch.Tensor:
 
 
 def _collate_plain(samples: Sequence[Sample]) -> dict[str, Any]:
-    """The batch as a plain mapping, which DataLoader can put into pinned memory; it does not look into records."""
+    """The batch as a plain mapping, which DataLoader can put into pinned memory; it does not look into records.
+
+    Small tensors become arrays: those pass through a worker's pipe by value, where a tensor would take a shared file
+    and a descriptor of its own, each 0.1 ms on both sides.
+    """
     batch = collate(samples)
-    return {part.name: getattr(batch, part.name) for part in fields(Batch)}
+    return {part.name: _map_tensors(_small_as_array, getattr(batch, part.name)) for part in fields(Batch)}
 
 
 def _as_batch(plain: dict[str, Any]) -> Batch:
     as_tuples = {name: tuple(plain[name]) for name in ("keys", "errors")}  # pinning turns tuples into lists
-    return Batch(**{**plain, **as_tuples})
+    return Batch(**{**{name: _map_tensors(_as_tensor, value) for name, value in plain.items()}, **as_tuples})
+
+
+def _map_tensors(change: Callable[[Any], Any], value: Any) -> Any:
+    """`change` applied to a tensor, or to each one of a mapping; tuples and lists pass as they are."""
+    if isinstance(value, dict):
+        return {name: change(item) for name, item in value.items()}
+    return value if isinstance(value, tuple | list) else change(value)
+
+
+def _small_as_array(tensor: torch.Tensor) -> torch.Tensor | np.ndarray[Any, np.dtype[Any]]:
+    return tensor.numpy() if tensor.nbytes <= _SMALL_BYTES else tensor
+
+
+def _as_tensor(value: torch.Tensor | np.ndarray[Any, np.dtype[Any]]) -> torch.Tensor:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def _leave_with_parent() -> None:

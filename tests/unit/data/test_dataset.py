@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sdtrain.data import dataset as dataset_module
 from sdtrain.data.dataset import Sample, ShardDataset
 from sdtrain.data.manifest import Manifest, describe_shard, write_manifest
 from sdtrain.data.plan import Order, order_of
@@ -277,3 +278,11 @@ def test_wrong_set_ups_are_refused(manifest: Manifest, tmp_path: Path):
         DataError, match=r"manifest.json: split 'train' has 30 samples, the order was made for 4; make i"
     ):
         make(manifest, order=other)
+
+
+def test_every_half_is_known_to_be_finite_or_not():
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    found = [dataset_module._is_finite(halves[number : number + 1]) for number in range(2**16)]
+    np.testing.assert_array_equal(found, np.isfinite(halves))
+    assert dataset_module._is_finite(halves[:0])
+    assert not dataset_module._is_finite(halves[::-1].reshape(256, 256).T)

@@ -121,6 +121,18 @@ def test_a_batch_survives_pinned_memory(manifest: Manifest):
     assert rows(pinned) == rows(batch)
 
 
+def test_a_worker_passes_small_tensors_by_value(manifest: Manifest, monkeypatch: pytest.MonkeyPatch):
+    """Each one in shared memory costs a file and a descriptor; a batch is the same either way."""
+    dataset = make(manifest)
+    samples = [dataset[position] for position in (4, 5)]
+    parts = loader_module._collate_plain(samples)
+    assert all(isinstance(value, np.ndarray) for value in (parts["positions"], *parts["fields"].values()))
+    monkeypatch.setattr(loader_module, "_SMALL_BYTES", 0)
+    large = loader_module._collate_plain(samples)
+    assert all(isinstance(value, torch.Tensor) for value in (large["positions"], *large["fields"].values()))
+    assert rows(loader_module._as_batch(parts)) == rows(loader_module._as_batch(large)) == rows(collate(samples))
+
+
 def test_steps_and_micro_steps_come_in_order(manifest: Manifest):
     found = [(step, micro, batch.positions.tolist()) for step, micro, batch in train(make(manifest), rank=1)]
     assert found == [
