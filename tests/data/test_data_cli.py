@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from data_pipeline import build, cli
+from data_pipeline.card_markdown import shown
 from data_pipeline.cluster import InlineExecutor
 from data_pipeline.runner import Runner
 from data_pipeline.sources.digits import World, make_world
@@ -279,3 +280,26 @@ def test_the_whole_way_from_links_to_latents_on_real_ray(tmp_path, capfd):
     assert "encode: 4 of 4 up to date" in plans and "manifest: 1 of 1 up to date" in plans
     assert all(re.fullmatch(r"[\w-]+: (\d+) of \1 up to date", plan) for plan in plans), plans
     assert (out / "manifest.json").read_bytes() == before
+    the_card_tells_it_all(out, summary["reasons"])
+    assert call("export", path, "--out", tmp_path / "hf", "--with", "tokens", "--with", "moments") == 0
+    import datasets
+
+    found = datasets.load_from_disk(str(tmp_path / "hf"))
+    assert isinstance(found, datasets.DatasetDict)
+    assert {name: len(rows) for name, rows in found.items()} == {name: images.num_samples(name) for name in found}
+    row = found["train"].with_format("numpy")[0]
+    assert row["moments"].shape == (8, 32, 32) and row["tokens"].shape == (77,) and row["image"].shape == (64, 64, 3)
+    assert min(row["scores"].values()) > 0
+
+
+def the_card_tells_it_all(out: Path, reasons: dict[str, int]) -> None:
+    """Rows of the sources, the funnel rule by rule, duplicates, outcomes and the autoencoder are in the data card."""
+    card, text = json.loads((out / "data_card.json").read_text()), (out / "data_card.md").read_text()
+    funnel = json.loads((out / "02-filter" / "funnel.json").read_text())
+    assert funnel["rows_in"] == sum(source["rows"] for source in card["sources"])
+    assert all(len(source["sha256"]) == 64 and source["columns"]["url"] == "URL" for source in card["sources"])
+    for rule in funnel["rules"]:
+        assert f"| {shown(rule['rule'])} | {shown(rule['setting'])} | {rule['rejected']:,} | {rule['left']:,} |" in text
+    assert all(f"| {shown(name)} | {count:,} |" in text for name, count in reasons.items() if name != "success")
+    assert f"| stored | {reasons['success']:,} |" in text and "0 owners had opted out" in text
+    assert "## Duplicates, by dedup" in text and "| `autoencoder.scaling\\_factor` |" in text.replace("_factor", "\\_factor")
