@@ -112,8 +112,9 @@ def bring_up_to_date(folder: Path) -> None:
 
 
 def _write(folder: Path, card: Mapping[str, Any]) -> Path:
-    write_atomically(folder / JSON_NAME, json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    write_atomically(folder / MARKDOWN_NAME, to_markdown(card))
+    text = json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False)
+    write_atomically(folder / JSON_NAME, text + "\n")
+    write_atomically(folder / MARKDOWN_NAME, to_markdown(json.loads(text)))  # the order of keys is part of the text
     return folder / MARKDOWN_NAME
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from sdtrain.data.captions import clean_caption
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#!|~])")
-_LIST_MARK = re.compile(r"^(\d*)([-+.])")
+_LIST_MARK = re.compile(r"^(\d*)([-+.])(?=\s|$)")
 _BAR = 24
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _SHOWN = 25
