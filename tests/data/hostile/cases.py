@@ -55,17 +55,38 @@ def sent(name: str, host: str, must: str, scheme: str = "http") -> None:
     CASES.append(Case(name, f"{scheme}://{host}/{name}", must))
 
 
-def served(name: str, must: str, script: Script, *, host: str | None = None, **facts: object) -> None:
+def served(
+    name: str,
+    must: str,
+    script: Script,
+    *,
+    host: str | None = None,
+    pixels: Callable[[], Pixels] = quadrants,
+    md5: str | None = None,
+    sha256: str | None = None,
+) -> None:
     """A public server, under a name of its own, that plays a script."""
     host = host or f"{name.replace('_', '-')}.public.test"
-    CASES.append(Case(name, f"http://{host}/{name}", must, script, **facts))  # type: ignore[arg-type]
+    CASES.append(Case(name, f"http://{host}/{name}", must, script, pixels, md5, sha256))
 
 
-def image(name: str, must: str, make: Callable[[], bytes], **facts: object) -> None:
+def image(
+    name: str,
+    must: str,
+    make: Callable[[], bytes],
+    *,
+    pixels: Callable[[], Pixels] = quadrants,
+    md5: str | None = None,
+    sha256: str | None = None,
+) -> None:
     """A body that a public server sends as `image/jpeg`, whatever it is."""
     body = functools.cache(make)
     PREPARED.append(body)
-    served(name, must, lambda wire: wire.reply(body(), headers={"Content-Type": "image/jpeg"}), **facts)
+
+    def script(wire: Exchange) -> None:
+        wire.reply(body(), headers={"Content-Type": "image/jpeg"})
+
+    served(name, must, script, pixels=pixels, md5=md5, sha256=sha256)
 
 
 def redirect(name: str, must: str, location: str, status: str = "302 Found") -> None:
@@ -134,8 +155,8 @@ sent("documentation_ipv6", "[2001:db8::1]", PRIVATE)
 sent("user_hides_host", f"{PUBLIC}@127.0.0.1", "refused:credentials")
 sent("user_and_port_hide_host", f"{PUBLIC}:80@10.0.0.1", "refused:credentials")
 sent("backslash_hides_host", f"127.0.0.1\\@{PUBLIC}", "refused:credentials")
-sent("fragment_hides_host", f"127.0.0.1#@{PUBLIC}", LOOPBACK)
-sent("question_hides_host", f"127.0.0.1?@{PUBLIC}", LOOPBACK)
+CASES.append(Case("fragment_hides_host", f"http://127.0.0.1/fragment_hides_host#@{PUBLIC}/", LOOPBACK))
+CASES.append(Case("question_hides_host", f"http://127.0.0.1/question_hides_host?@{PUBLIC}/", LOOPBACK))
 sent("line_break_in_host", "127.0.\n0.1", LOOPBACK)
 sent("host_with_space", "127.0.0.1 .public.test", "refused:url")
 served("public_address", STORED, good, host=PUBLIC)
@@ -377,11 +398,10 @@ tagged("robots_noai", "noai")
 tagged("robots_noimageai_among_others", "noindex, NoImageAI")
 tagged("robots_noai_for_us", "sdtrain: noai")
 tagged("robots_noai_for_others", "otherbot: noai", STORED)
-tagged("robots_noindex", "noindex", STORED)
 CASES.append(Case("blocked", "http://blocked.public.test/blocked", "refused:blocked_url", good))
 image("blocked_bytes", "refused:blocked_bytes", lambda: BLOCKED_PICTURE)
 image("digest_sha256_right", STORED, jpeg, sha256=hashlib.sha256(jpeg()).hexdigest())
-image("digest_md5_right", STORED, jpeg, md5=hashlib.md5(jpeg()).hexdigest().upper())
+image("digest_md5_right", STORED, jpeg, md5=hashlib.md5(jpeg()).hexdigest())
 image("digest_sha256_wrong", "refused:digest", jpeg, sha256="0" * 64)
 image("digest_md5_wrong", "refused:digest", jpeg, md5="0" * 32)
 

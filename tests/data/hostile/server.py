@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from tests.data.hostile.namespace import PUBLIC, PUBLIC_IPV6
 from tests.data.hostile.pictures import jpeg
+from tests.data.hostile.resolver import Resolver
 
 OPEN_PORTS = (80, 443)
 FORBIDDEN_PORTS = (22, 6379, 8080)
@@ -143,39 +146,36 @@ def make_certificate(folder: Path) -> Path:
     return path
 
 
-def start(scripts: Mapping[str, Script], bodies: Sequence[Callable[[], bytes]], folder: Path) -> Callable[[], None]:
-    """Start name server and web servers in a process of their own, which ends with this one.
+class Servers:
+    """Name server and web servers in a process of their own, which ends with this one.
 
     Args:
         scripts: What is played, by the first part of the path.
         bodies: What is made before the first request.
         folder: Where the log and the certificate go.
-
-    Returns:
-        What waits until they are ready.
     """
-    from tests.data.hostile.resolver import Resolver
 
-    (folder / LOG).touch()
-    read_end, write_end = os.pipe()
-    if os.fork() == 0:
-        _end_with_parent()
-        for make in bodies:
-            make()
-        Resolver()
-        Server(scripts, folder / LOG, make_certificate(folder))
-        os.write(write_end, b"!")
-        threading.Event().wait()
-    os.close(write_end)
+    def __init__(self, scripts: Mapping[str, Script], bodies: Sequence[Callable[[], bytes]], folder: Path):
+        self._ready, write_end = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _end_with_parent()
+            for make in bodies:
+                make()
+            Resolver()
+            Server(scripts, folder / LOG, make_certificate(folder))
+            os.write(write_end, b"!")
+            threading.Event().wait()
+        os.close(write_end)
 
-    def wait() -> None:
-        assert os.read(read_end, 1) == b"!", "the servers did not start"
+    def wait(self) -> None:
+        """Until they are ready."""
+        assert os.read(self._ready, 1) == b"!", "the servers did not start"
 
-    return wait
+    def stop(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
 
 
 def _end_with_parent() -> None:
-    import ctypes
-    import signal
-
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

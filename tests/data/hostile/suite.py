@@ -6,7 +6,6 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,11 +64,17 @@ class Verdict:
         return not self.reached and self.got == self.must and pixels_fit
 
 
-def prepare(folder: Path) -> Callable[[], None]:
-    """Enter the network, start the servers; returns what waits for them."""
+def prepare(folder: Path) -> server.Servers:
+    """Enter the network and start the servers."""
     namespace.enter(folder)
     SECRET.write_bytes(pictures.jpeg())
-    return server.start(SCRIPTS, PREPARED, folder)
+    (folder / server.LOG).touch()
+    return start_servers(folder)
+
+
+def start_servers(folder: Path) -> server.Servers:
+    """Servers that remember nothing of earlier look-ups and requests."""
+    return server.Servers(SCRIPTS, PREPARED, folder)
 
 
 def write_table(folder: Path, cases: list[Case] = CASES) -> Path:
@@ -88,7 +93,7 @@ def write_table(folder: Path, cases: list[Case] = CASES) -> Path:
     return folder
 
 
-def run_ours(folder: Path, wait: Callable[[], None]) -> tuple[dict[str, str], int]:
+def run_ours(folder: Path, servers: server.Servers) -> tuple[dict[str, str], int]:
     """What the stage says of every case, by name, and the memory that its worker held before the first one.
 
     The shard lies in `folder`.
@@ -117,7 +122,7 @@ def run_ours(folder: Path, wait: Callable[[], None]) -> tuple[dict[str, str], in
     stage = DownloadStage(source, folder / "images", settings, memory_limit_bytes=MEMORY_LIMIT_BYTES)
     work = stage.worker()
     held = memory_bytes("VmRSS")
-    wait()
+    servers.wait()
     (folder / "images").mkdir()
     stats = work(Unit(0, (source / "00000.parquet",)), folder / "images")
     assert sum(stats["reasons"].values()) == len(CASES), stats
@@ -162,8 +167,10 @@ def memory_bytes(field: str) -> int:
 
 
 def main(folder: Path) -> dict[str, Any]:
-    got, held = run_ours(folder, prepare(folder))
+    servers = prepare(folder)
+    got, held = run_ours(folder, servers)
     peak = memory_bytes("VmHWM")
+    servers.stop()
     errors, forbidden = pixel_errors(folder / "images" / "00000.tar"), reached(folder)
     verdicts = [
         Verdict(case.name, case.must, got[case.name], errors.get(case.name), forbidden.pop(case.name, None))
