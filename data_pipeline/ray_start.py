@@ -24,7 +24,7 @@ def start_private(workers: int, memory_per_worker_bytes: int | None) -> None:
     """
     _set_environment()
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else Ray listens on every interface
-    if _token_source() is None:  # Ray would leave one in the home folder, readable by everybody
+    if token_source() is None:  # Ray would leave one in the home folder, readable by everybody
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
@@ -66,16 +66,16 @@ def join_cluster(address: str) -> None:
     from ray._private.authentication import authentication_token_setup
     from ray.exceptions import AuthenticationError
 
-    token = _token_source()
+    token = token_source()
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, AuthenticationError) as error:
         first_line = str(error).splitlines()[0]
-        raise ConfigError(f"{where}: cannot join ({first_line}). {_token_advice(token)}; {_HOW_TO_START}") from None
+        raise ConfigError(f"{where}: cannot join ({first_line}). {token_advice(token)}; {_HOW_TO_START}") from None
 
 
-def _token_source() -> str | None:
+def token_source() -> str | None:
     """Where Ray finds this process's token, in its own order; None where there is none."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "the environment variable RAY_AUTH_TOKEN"
@@ -85,7 +85,7 @@ def _token_source() -> str | None:
     return f"the file {path}" if path.is_file() else None
 
 
-def _token_advice(source: str | None) -> str:
+def token_advice(source: str | None) -> str:
     """What to look at where a cluster may have refused a token."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         return "RAY_AUTH_MODE=disabled sends no token, and a cluster asks for one by default: unset it"

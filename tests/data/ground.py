@@ -6,11 +6,13 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -113,9 +115,9 @@ class Grounds:
         """How often each path was asked for."""
         return Counter(self.log.read_text().split()) if self.log.exists() else Counter()
 
-    def run(self, name: str) -> Run:
-        """A new run over this world."""
-        folder = self.folder / name
+    def run(self) -> Run:
+        """A new run over this world, always in the same folder: paths are part of a data card."""
+        folder = self.folder / "run"
         folder.mkdir()
         page = PAGE.format(
             output=folder / "out",
@@ -125,7 +127,7 @@ class Grounds:
             autoencoder=self.folder / "autoencoder",
         )
         (folder / "data.yaml").write_text(page)
-        return Run(folder, self)
+        return Run(folder, self, f"{os.getpid()}-{time.monotonic_ns()}")
 
 
 def save_tiny_autoencoder(folder: Path) -> None:
@@ -135,6 +137,19 @@ def save_tiny_autoencoder(folder: Path) -> None:
         latent_channels=4, channels=[32, 32], layers_per_block=1, attention_in_middle=False, scaling_factor=1.0
     )
     save_autoencoder(network, folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What a run has come to.
+
+    Attributes:
+        digests: sha256 of every file.
+        committed: Commits of all stages.
+    """
+
+    digests: dict[str, str]
+    committed: dict[str, dict[str, Any]]
 
 
 @dataclass
@@ -149,10 +164,7 @@ class Run:
 
     folder: Path
     grounds: Grounds
-    token: str = ""
-
-    def __post_init__(self) -> None:
-        self.token = f"{os.getpid()}-{self.folder}"
+    token: str
 
     @property
     def output(self) -> Path:
@@ -172,6 +184,7 @@ class Run:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.environ[MARK] = self.token
+            warnings.simplefilter("default")  # pytest's own filters are no part of a driver
             prepare()
             cli.main(["run", str(self.folder / "data.yaml"), *words])
         except SystemExit as left:
@@ -207,6 +220,12 @@ class Run:
         """sha256 of every file of the output, but for those that tell of a run and not of the data."""
         files = (path for path in self.output.rglob("*") if path.is_file() and path.name not in _OF_THIS_RUN)
         return {str(path.relative_to(self.output)): sha256_file(path) for path in sorted(files)}
+
+    def end(self) -> Ended:
+        """What it has come to; its folder is gone afterwards."""
+        ended = Ended(self.digests(), self.committed())
+        shutil.rmtree(self.folder)
+        return ended
 
     def committed_paths(self) -> set[str]:
         """Paths on the server of all pictures in committed download units."""

@@ -1,0 +1,65 @@
+"""The short form of `python -m tests.data.kills`: a Ray worker and a driver inside a commit, during the downloads."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+import data_pipeline.build
+from data_pipeline.cluster import InlineExecutor
+from data_pipeline.ledger import Ledger
+from tests.data import kills
+from tests.data.ground import DOWNLOAD, Grounds, Run, workers_of
+
+
+@pytest.fixture
+def grounds(tmp_path: Path) -> Iterator[Grounds]:
+    """A served world."""
+    with warnings.catch_warnings(action="ignore"):
+        importlib.import_module("img2dataset")  # once here, so that forked drivers need not
+    with Grounds(tmp_path).served() as grounds:
+        yield grounds
+
+
+def without_ray() -> None:
+    """Let the driver do the work itself: many times quicker to start."""
+    data_pipeline.build.executor_for = lambda config: nullcontext(InlineExecutor())
+
+
+def finish_inline(run: Run, until: str) -> None:
+    assert run.start("--until", until, prepare=without_ray).wait(120) == 0, run.tail()
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_kills_during_the_downloads_lose_nothing_and_fetch_nothing_twice(grounds: Grounds) -> None:
+    first = grounds.run()
+    finish_inline(first, "download")
+    yardstick, run = first.end(), grounds.run()
+    finish_inline(run, "dedup")
+    watched = kills.Watched(run)
+    watched.look()
+    start = run.start("download", prepare=kills.plant_a_torn_row(run, "ledger.jsonl", 4))
+    kills.follow(run, start, lambda: len(Ledger(run.output / DOWNLOAD).commits()) > 0)
+    os.kill(workers_of(start.pid)[0], signal.SIGKILL)
+    assert start.wait(120) == -signal.SIGKILL, run.tail()
+    assert kills.note(run).read_text() == f"in a row of {DOWNLOAD}/ledger.jsonl"
+    assert len(Ledger(run.output / DOWNLOAD).commits()) == 3
+    watched.look()
+    finish_inline(run, "download")
+    watched.look()
+    deadline = time.monotonic() + 60
+    while set(left := run.processes()) and set(left.values()) - kills.AGENTS:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    for pid in left:  # they would go within a minute, which the long form waits for
+        os.kill(pid, signal.SIGKILL)
+    assert run.end() == yardstick
