@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from launcher.status import read_status, render
+from launcher import slurm_job, slurm_queue
+from launcher import status as run_status
+from launcher.site import load_site
+from launcher.slurm import SITE_OPTIONS, Mode, job_of, refuse_impossible, refuse_node_local, render
+from launcher.slurm_job import Surroundings
+from launcher.slurm_journal import Journal, Submission, resubmission
+from launcher.slurm_watch import cancel_run, tails
+from launcher.status import read_status
 from launcher.torchrun import (
     Placement,
     Supervisor,
@@ -24,6 +33,13 @@ from sdtrain.config.run import TrainingConfig, grad_accum_steps
 from sdtrain.errors import ConfigError, SdtrainError
 from sdtrain.run_dir import RunDir
 
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the page.")]
+GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one rank for each.")]
+TimeLimit = Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="Time limit of one job; the next one goes on.")]
+MaxRequeues = Annotated[int | None, typer.Option(min=0, help="How often the job may be requeued.")]
+ModeOption = Annotated[Mode | None, typer.Option(help="One task per GPU (srun), or one agent per node (torchrun).")]
+SiteFile = Annotated[Path | None, typer.Option(help="The site's defaults; else $SDTRAIN_SITE or slurm/site.yaml.")]
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
@@ -32,8 +48,14 @@ def _commands() -> None:
     """Start runs on one or many GPUs, and ask how they stand."""
 
 
-def checked_run_dir(config: Path, overrides: Sequence[str], placement: Placement, resume: str = "auto") -> RunDir:
+def checked_run_dir(config: Path, overrides: Sequence[str], world_size: int, resume: str = "auto") -> RunDir:
     """The folder of the run that `config` describes, after everything that can be checked without torch.
+
+    Args:
+        config: The page.
+        overrides: `key=value` settings over it.
+        world_size: Number of ranks.
+        resume: `auto`, `never`, a checkpoint's folder or a URL.
 
     Raises:
         ConfigError: The page is wrong or not that of the run in its folder, its batch cannot be shared by this many
@@ -41,7 +63,7 @@ def checked_run_dir(config: Path, overrides: Sequence[str], placement: Placement
         StorageError: The folder cannot be written to.
     """
     training = load_training(config, list(overrides))
-    grad_accum_steps(training, placement.world_size)
+    grad_accum_steps(training, world_size)
     run_dir = RunDir(training.resolved_run_dir)
     run_dir.refuse_unusable()
     saved = saved_page(run_dir, resume)
@@ -78,9 +100,7 @@ def check_resume(resume: str) -> None:
 @app.command()
 def torchrun(
     config: Annotated[Path, typer.Argument(help="Training page (YAML).")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the page.")
-    ] = None,
+    overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(help="Ranks on this node, one per GPU.")] = 1,
     nnodes: Annotated[int, typer.Option(help="Number of nodes.")] = 1,
     node_rank: Annotated[int, typer.Option(help="This node's number, 0 to nnodes - 1.")] = 0,
@@ -101,7 +121,7 @@ def torchrun(
     """Train on this node's GPUs, or as one of several nodes, and exit by what the ranks agreed on."""
     placement = Placement(nproc, nnodes, node_rank, rdzv_endpoint, shutdown_timeout)
     check_resume(resume)
-    run_dir = checked_run_dir(config, overrides or [], placement, resume)
+    run_dir = checked_run_dir(config, overrides or [], placement.world_size, resume)
 
     def trainee(resume_from: str) -> list[str]:
         return ["-m", "sdtrain", "train", str(config), *(overrides or []), "--resume", resume_from]
@@ -115,13 +135,139 @@ def torchrun(
 
 
 @app.command()
+def slurm(
+    config: Annotated[Path, typer.Argument(help="Training page (YAML).")],
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    gpus_per_node: GpusPerNode = None,
+    time: TimeLimit = None,
+    partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account that is charged.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
+    constraint: Annotated[str | None, typer.Option(help="Node features, as in h100&ib.")] = None,
+    max_restarts: MaxRequeues = None,
+    mode: ModeOption = None,
+    site: SiteFile = None,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|PATH|never", help="Checkpoint that the first start begins from; may be a URL.")
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and stop.")] = False,
+) -> None:
+    """Train on a Slurm cluster: submit a job that requeues itself until the run is complete."""
+    options = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "partition": partition}
+    options |= {"account": account, "qos": qos, "constraint": constraint, "max_restarts": max_restarts}
+    options |= {"mode": mode, "site": None if site is None else str(site.absolute())}
+    given = {name: value for name, value in options.items() if value is not None}
+    check_resume(resume)
+    submit_run(config, overrides or [], given, resume=resume, dry_run=dry_run)
+
+
+def submit_run(
+    config: Path, overrides: Sequence[str], options: dict[str, Any], *, resume: str = "auto", dry_run: bool = False
+) -> None:
+    """Check a job, submit it and say what comes next; or print its batch script.
+
+    Args:
+        config: The page.
+        overrides: `key=value` settings over it.
+        options: Those of `slurm` that were given, by name.
+        resume: Checkpoint that the first start begins from.
+        dry_run: Only print.
+
+    Raises:
+        ConfigError: The job cannot run, or the scheduler refuses it.
+        StorageError: The run's folder cannot be written to.
+    """
+    site = load_site(Path(options["site"]) if "site" in options else None)
+    site = site.model_copy(update={name: value for name, value in options.items() if name in SITE_OPTIONS})
+    job = job_of(options, site, load_training(config, list(overrides)).name or "sdtrain", resume)
+    run_dir = checked_run_dir(config, overrides, job.world_size, resume)
+    script = render(job, site, run_dir, Path.cwd(), config, overrides)
+    if dry_run:
+        typer.echo(script, nl=False)
+        return
+    refuse_impossible(job, site)
+    refuse_node_local(run_dir.path, site)
+    journal = Journal(run_dir)
+    journal.folder.mkdir(parents=True, exist_ok=True)
+    number = slurm_queue.submit(script)
+    journal.add("submit", Submission(number, str(Path.cwd()), str(config), list(overrides), options))
+    typer.echo(f"job {number}: {job.nodes} nodes with {job.gpus_per_node} ranks each, run folder {run_dir.path}")
+    for command in ("status", "logs", "cancel", "resume"):
+        typer.echo(f"  sdtrain-launch {command} {run_dir.path}")
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes, if it shall be another.")] = None,
+    gpus_per_node: GpusPerNode = None,
+    time: TimeLimit = None,
+    max_restarts: MaxRequeues = None,
+    mode: ModeOption = None,
+    site: SiteFile = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and stop.")] = False,
+) -> None:
+    """Submit a run again, with its stored page and options; it goes on from its newest checkpoint."""
+    read_status(run)  # refuses what is no run folder
+    journal = Journal(RunDir(run))
+    changed = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "max_restarts": max_restarts, "mode": mode}
+    changed |= {"site": None if site is None else str(site.absolute())}
+    again = resubmission(journal, {name: value for name, value in changed.items() if value is not None})
+    with contextlib.chdir(again.folder):
+        submit_run(Path(again.config), [*again.overrides, *(overrides or [])], again.options, dry_run=dry_run)
+
+
+@app.command()
+def cancel(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    now: Annotated[bool, typer.Option("--now", help="Do not let it save.")] = False,
+) -> None:
+    """Let a job save and end, or take it out of the queue."""
+    typer.echo(cancel_run(Journal(RunDir(run)), now=now))
+
+
+@app.command()
+def logs(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    rank: Annotated[int | None, typer.Option(min=0, help="Rank; else the one that ended the run, or 0.")] = None,
+    lines: Annotated[int, typer.Option(min=1, help="Lines of each file.")] = 20,
+) -> None:
+    """Print the ends of what the newest job and a rank of it have said."""
+    for path, tail in tails(Journal(RunDir(run)), rank, lines):
+        typer.echo(f"==> {path} <==\n{tail}\n")
+
+
+@app.command("slurm-begin", hidden=True)
+def slurm_begin(
+    config: Path,
+    overrides: Overrides = None,
+    resume: str = "auto",
+    max_restarts: int = 0,
+) -> None:
+    """Begin slurm/train.sbatch: check the page, write the start down, print the folder for the ranks' logs."""
+    here = Surroundings.of(os.environ)
+    check_resume(resume)
+    run_dir = checked_run_dir(config, overrides or [], here.world_size, resume)
+    typer.echo(slurm_job.begin(run_dir, here, max_restarts).absolute())
+
+
+@app.command("slurm-end", hidden=True)
+def slurm_end(logs_folder: Path, max_restarts: int = 0, step_status: int = 0) -> None:
+    """End slurm/train.sbatch: decide by exit.json whether the job is requeued, and exit by it."""
+    run_dir = RunDir(logs_folder.parents[1])
+    raise typer.Exit(int(slurm_job.end(run_dir, Surroundings.of(os.environ), max_restarts, step_status)))
+
+
+@app.command()
 def status(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print how a run last ended, its newest checkpoint and its last metrics."""
     found = read_status(run)
-    typer.echo(json.dumps(found.as_json(), indent=2) if as_json else render(found))
+    typer.echo(json.dumps(found.as_json(), indent=2) if as_json else run_status.render(found))
 
 
 def main() -> None:

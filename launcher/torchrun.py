@@ -18,13 +18,13 @@ from pathlib import Path
 
 from launcher.processes import Ended, run_forwarding, signal_name
 from sdtrain.errors import ConfigError, ExitCode
-from sdtrain.run_dir import REFUSALS, Exit, RunDir
+from sdtrain.run_dir import REFUSALS, Exit, RunDir, tell_launcher
 
 SIGNALS = "SIGTERM,SIGINT,SIGUSR1"  # torchrun's default list lets SIGUSR1 kill its agent
 MAX_FRUITLESS_RESTARTS = 2
 _CHECKPOINT_NAME = re.compile(r"step-\d+")
 # Outcomes that another start can mend: a saved state that asks for it, and a peer that hung or went away.
-_RESTARTABLE = frozenset({ExitCode.REQUEUE, ExitCode.HANG})
+RESTARTABLE = frozenset({ExitCode.REQUEUE, ExitCode.HANG})
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ class Supervisor:
             found, ended = self._attempt(resume)
             self._say(describe(found, ended, self.log_dir))
             code = crash_code(ended) if found is None else found.code
-            if found is not None and found.code not in _RESTARTABLE:
+            if found is not None and found.code not in RESTARTABLE:
                 return code
             if ended.told is not None or restarts_left == 0:  # who stops the launcher decides about the next start
                 return code
@@ -211,6 +211,8 @@ class Supervisor:
         with tempfile.TemporaryDirectory(prefix="sdtrain-refusals-") as refusals:
             ended = run_forwarding(command, {**os.environ, **added, REFUSALS: refusals})
             found = RunDir(Path(refusals)).read_exit() or outcome(self.run_dir, before)
+        if found is not None and found.is_refusal:
+            tell_launcher(found)  # a batch script that started this launcher asks as well
         if found is None and self.placement.node_rank == 0:
             self.run_dir.clear_exit()  # nobody shall take an older word for this crash's
         return found, ended

@@ -1,0 +1,196 @@
+"""Submit a run to Slurm: `slurm/train.sbatch` with its settings filled in, after all that can be checked before."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.site import Site
+from launcher.slurm_queue import groups_of, seconds_of
+from sdtrain.errors import ConfigError
+from sdtrain.run_dir import RunDir, nearest_existing
+
+TEMPLATE = Path(__file__).parents[1] / "slurm" / "train.sbatch"
+_SETTINGS = re.compile(r"(?<=# >>> settings\n).*?(?=# <<< settings\n)", re.DOTALL)
+_TIME = re.compile(r"(\d+-)?\d{1,3}:\d\d:\d\d")
+# File systems that one node alone sees; any other (nfs, lustre, gpfs, beegfs, ceph, fuse, ...) is taken as shared.
+NODE_LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay", "vfat"})
+
+SITE_OPTIONS = ("partition", "account", "qos", "constraint")
+
+Mode = Literal["srun", "torchrun"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is asked of the scheduler.
+
+    Attributes:
+        nodes: Number of nodes.
+        gpus_per_node: GPUs of each, and ranks.
+        time: Time limit, HH:MM:SS or D-HH:MM:SS.
+        mode: `srun` starts one task per GPU, `torchrun` one agent per node.
+        max_restarts: How often the job may be requeued.
+        resume: Checkpoint that the first start begins from: `auto`, `never`, a folder or a URL.
+        name: Name of the job.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    time: str
+    mode: Mode
+    max_restarts: int
+    resume: str
+    name: str
+
+    def __post_init__(self) -> None:
+        if not _TIME.fullmatch(self.time):
+            raise ConfigError(f"--time {self.time}: give HH:MM:SS or D-HH:MM:SS, such as 24:00:00 or 2-00:00:00")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on all nodes."""
+        return self.nodes * self.gpus_per_node
+
+
+def job_of(options: Mapping[str, Any], site: Site, name: str, resume: str) -> Job:
+    """The job that options of the command line and the site's defaults make.
+
+    Raises:
+        ConfigError: A number is missing, or does not fit.
+    """
+    gpus_per_node = options.get("gpus_per_node") or site.gpus_per_node
+    if gpus_per_node is None:
+        raise ConfigError("--gpus-per-node is missing: give it, or gpus_per_node in the site's file")
+    return Job(
+        nodes=options.get("nodes", 1),
+        gpus_per_node=gpus_per_node,
+        time=options.get("time", site.time),
+        mode=options.get("mode", "srun"),
+        max_restarts=options.get("max_restarts", site.max_restarts),
+        resume=resume,
+        name=job_name(name),
+    )
+
+
+def job_name(name: str) -> str:
+    """A run's name with what Slurm and file names bear."""
+    return re.sub(r"[^\w.-]+", "-", name) or "sdtrain"
+
+
+def render(job: Job, site: Site, run_dir: RunDir, folder: Path, page: Path, overrides: Sequence[str]) -> str:
+    """The batch script, complete.
+
+    Args:
+        job: What is asked for.
+        site: What is the same for all jobs.
+        run_dir: The run.
+        folder: Where relative paths of the page start from.
+        page: The page.
+        overrides: `key=value` settings over it.
+    """
+    lines = [f"#SBATCH {option}" for option in _options(job, site, run_dir, folder)]
+    lines += [f"mode={job.mode}", f"max_restarts={job.max_restarts}", f"resume={shlex.quote(job.resume)}"]
+    if site.modules:
+        lines += ["module purge", f"module load {shlex.join(site.modules)}"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in _variables(site).items()]
+    lines += [f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"]
+    lines += [f"set -- {shlex.join([str(page), *overrides])}"]
+    settings = "\n".join(lines) + "\n"
+    return _SETTINGS.sub(lambda _: settings, TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _options(job: Job, site: Site, run_dir: RunDir, folder: Path) -> list[str]:
+    output = str(run_dir.path.absolute() / "logs").replace("%", "%%")
+    wanted = {
+        "job-name": job.name,
+        "nodes": job.nodes,
+        "gpus-per-node": job.gpus_per_node,
+        "ntasks-per-node": job.gpus_per_node,
+        "cpus-per-task": site.cpus_per_gpu,
+        "time": job.time,
+        "signal": f"USR1@{site.save_seconds}",
+        "partition": site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "constraint": site.constraint,
+        "chdir": folder.absolute(),
+        "output": f"{output}/slurm-%j.out",
+    }
+    return [f"--{name}={shlex.quote(str(value))}" for name, value in wanted.items() if value is not None] + [
+        *site.sbatch
+    ]
+
+
+def _variables(site: Site) -> dict[str, str]:
+    """What the job exports; compile caches of a thousand ranks do not belong on the disk that all nodes share."""
+    if site.scratch is None:
+        return dict(site.environment)
+    caches = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TORCH_EXTENSIONS_DIR": "extensions"}
+    folders = {name: str(site.scratch / "sdtrain-cache" / folder) for name, folder in caches.items()}
+    return {"TMPDIR": str(site.scratch), **folders, **site.environment}
+
+
+def refuse_impossible(job: Job, site: Site) -> None:
+    """Refuse a job that this cluster can never start.
+
+    Raises:
+        ConfigError: Its partition does not exist, has too few nodes with that many GPUs, or ends jobs earlier.
+    """
+    groups = groups_of(site.partition)
+    name = groups[0].partition
+    fitting = sum(group.nodes for group in groups if group.gpus >= job.gpus_per_node)
+    if fitting < job.nodes:
+        listed = ", ".join(f"{group.nodes} with {group.gpus}" for group in groups)
+        raise ConfigError(
+            f"--nodes {job.nodes} --gpus-per-node {job.gpus_per_node}: partition {name} has {fitting} such nodes "
+            f"(nodes with GPUs on each: {listed}); ask for less, or for another --partition"
+        )
+    limits = [group.limit_seconds for group in groups]
+    wanted, limit = seconds_of(job.time), min((one for one in limits if one is not None), default=None)
+    if wanted is not None and limit is not None and wanted > limit:
+        raise ConfigError(
+            f"--time {job.time}: partition {name} ends jobs after {limit // 3600}:{limit // 60 % 60:02d}:00; ask for "
+            "less, the run goes on in the next job"
+        )
+    if wanted is not None and wanted <= site.save_seconds:
+        raise ConfigError(
+            f"--time {job.time}: the ranks are told to leave {site.save_seconds} s before the limit (save_seconds of "
+            "the site); ask for more"
+        )
+
+
+def refuse_node_local(path: Path, site: Site, mounts: str = "/proc/self/mounts") -> None:
+    """Refuse a run folder that other nodes would not see.
+
+    Args:
+        path: The run's folder, which need not be there.
+        site: It names folders that are shared although they do not look it.
+        mounts: Table of file systems.
+
+    Raises:
+        ConfigError: It lies on a disk of this node.
+    """
+    there = (nearest_existing(path) or path).resolve()
+    if any(there.is_relative_to(folder) for folder in site.shared_folders):
+        return
+    point, kind = _file_system_of(there, Path(mounts).read_text(encoding="utf-8"))
+    if kind in NODE_LOCAL:
+        raise ConfigError(
+            f"run_dir = {path}: lies on {point}, a disk of this node ({kind}) that other nodes do not see; give a "
+            "run_dir on the file system that they share, or name the folder under shared_folders of the site's file "
+            "if all nodes do see it"
+        )
+
+
+def _file_system_of(path: Path, mounts: str) -> tuple[Path, str]:
+    """Mount point and type of the file system that holds a path."""
+    rows = [line.split() for line in mounts.splitlines()]
+    points = [(Path(row[1].replace("\\040", " ")), row[2]) for row in rows]
+    holding = [(point, kind) for point, kind in points if path.is_relative_to(point)]
+    return max(reversed(holding), key=lambda one: len(one[0].parts))  # of two at one place, the later hides the earlier

@@ -1,0 +1,169 @@
+"""The two ends of a batch script: before the ranks start, and after they have gone.
+
+srun and torchrun lose exit codes. What the ranks agreed on stands in `exit.json`; a file that is missing, or that an
+earlier attempt left, means a crash. From it follows whether the job is requeued.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.processes import Ended, signal_name
+from launcher.slurm_journal import Journal, Start, fruitless_starts
+from launcher.slurm_queue import find_job, requeue
+from launcher.torchrun import MAX_FRUITLESS_RESTARTS, RESTARTABLE, checkpoint_names, crash_code, outcome
+from sdtrain.errors import ConfigError, ExitCode, NoProgressError
+from sdtrain.run_dir import REFUSALS, Exit, RunDir
+
+MAX_FRUITLESS_STARTS = 1 + MAX_FRUITLESS_RESTARTS
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What Slurm tells a batch script of its job.
+
+    Attributes:
+        job: Its number.
+        restart: How many starts it had before.
+        nodes: Number of nodes.
+        ranks_per_node: Tasks on each.
+    """
+
+    job: str
+    restart: int
+    nodes: int
+    ranks_per_node: int
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on all nodes."""
+        return self.nodes * self.ranks_per_node
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Surroundings:
+        """Read them.
+
+        Raises:
+            ConfigError: This is no batch script's environment.
+        """
+        try:
+            return cls(
+                job=environment["SLURM_JOB_ID"],
+                restart=int(environment.get("SLURM_RESTART_COUNT", "0")),  # unset on the first start
+                nodes=int(environment["SLURM_NNODES"]),
+                ranks_per_node=int(environment["SLURM_NTASKS_PER_NODE"]),
+            )
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                f"{error} is not set as in a batch job of Slurm: slurm/train.sbatch calls this, submit it with "
+                "--ntasks-per-node; people call `sdtrain-launch slurm CONFIG`"
+            ) from None
+
+
+def begin(run_dir: RunDir, here: Surroundings, max_restarts: int) -> Path:
+    """Write the start down; returns the folder for the ranks' output.
+
+    Raises:
+        NoProgressError: The job was started too often, or in vain.
+    """
+    journal = Journal(run_dir)
+    starts = [start for start in journal.starts() if start.job == here.job]
+    if here.restart > max_restarts:
+        raise NoProgressError(_capped(run_dir, here.restart - 1, max_restarts))
+    checkpoints = checkpoint_names(run_dir)
+    if starts and fruitless_starts(starts, checkpoints) >= MAX_FRUITLESS_STARTS:
+        raise NoProgressError(_in_vain(run_dir))
+    logs = journal.folder / f"slurm-{here.job}.{here.restart}"
+    logs.mkdir(parents=True, exist_ok=True)
+    before = run_dir.read_exit()
+    attempt = None if before is None else before.attempt
+    start = Start(here.job, here.restart, logs.name, here.ranks_per_node, here.nodes, attempt, sorted(checkpoints))
+    journal.add("start", start)
+    return logs
+
+
+def end(run_dir: RunDir, here: Surroundings, max_restarts: int, step_status: int) -> ExitCode | int:
+    """Decide about another start, and ask the scheduler for it.
+
+    Args:
+        run_dir: The run.
+        here: The job.
+        max_restarts: How often it may be started again.
+        step_status: What srun returned; it tells people how a crash looked from outside.
+
+    Returns:
+        The batch script's exit code.
+    """
+    journal = Journal(run_dir)
+    starts = [start for start in journal.starts() if start.job == here.job]
+    found = _word(run_dir, starts[-1])
+    if found is None and run_dir.path.is_dir():
+        run_dir.clear_exit()  # nobody shall take an older word for this crash's
+    ended = Ended(step_status, step_status - 128 if step_status > 128 else None, None, None)
+    code = int(crash_code(ended)) if found is None else found.code
+    told = _told(found, ended, journal.folder / starts[-1].logs)
+    why_not = None
+    if found is None or found.code in RESTARTABLE:
+        if fruitless_starts(starts, checkpoint_names(run_dir)) >= MAX_FRUITLESS_STARTS:
+            code, why_not = int(ExitCode.NO_PROGRESS), _in_vain(run_dir)
+        else:
+            why_not = _why_not_again(run_dir, here, max_restarts)
+        told += f"; {why_not or 'requeued, to go on from the newest checkpoint'}"
+    again = why_not is None and (found is None or found.code in RESTARTABLE)
+    journal.add("end", {"job": here.job, "restart": here.restart, "code": code, "reason": told, "requeued": again})
+    _say(told)
+    if again:
+        requeue(here.job)
+    return code
+
+
+def _word(run_dir: RunDir, start: Start) -> Exit | None:
+    """What the ranks agreed on, or why they refused to start; None after a crash."""
+    refusals = os.environ.get(REFUSALS)
+    refused = RunDir(Path(refusals)).read_exit() if refusals else None
+    if refused is not None:
+        return refused
+    before = None if start.attempt_before is None else Exit(0, "", 0, 0, start.attempt_before)
+    return outcome(run_dir, before)
+
+
+def _told(found: Exit | None, ended: Ended, logs: Path) -> str:
+    if found is not None and found.is_refusal:
+        return f"the start was refused with code {found.code}, nothing but {logs.parent} was touched: {found.reason}"
+    if found is not None:
+        return f"attempt {found.attempt} ended with code {found.code} at step {found.step}: {found.reason}"
+    how = f"was ended by {signal_name(ended.killed_by)}" if ended.killed_by else f"returned {ended.returncode}"
+    return f"crash: the ranks left no exit.json (srun {how}); every rank's output is in {logs}"
+
+
+def _why_not_again(run_dir: RunDir, here: Surroundings, max_restarts: int) -> str | None:
+    """What keeps this job from being requeued; None where nothing does."""
+    if here.restart >= max_restarts:
+        return _capped(run_dir, here.restart, max_restarts)
+    job = find_job(here.job)
+    if job is None or job.state not in ("RUNNING", "TIMEOUT"):
+        state = "gone" if job is None else f"{job.state} ({job.reason})"
+        return f"not requeued by this script: to the scheduler job {here.job} is {state}"
+    return None
+
+
+def _capped(run_dir: RunDir, restarts: int, max_restarts: int) -> str:
+    return (
+        f"not requeued: job had {restarts} restarts, and --max-restarts is {max_restarts}. "
+        f"Go on with: sdtrain-launch resume {run_dir.path}"
+    )
+
+
+def _in_vain(run_dir: RunDir) -> str:
+    return (
+        f"not requeued: {MAX_FRUITLESS_STARTS} starts in a row made no new checkpoint under {run_dir.checkpoints}. "
+        f"See sdtrain-launch logs {run_dir.path}, mend the cause, then: sdtrain-launch resume {run_dir.path}"
+    )
+
+
+def _say(message: str) -> None:
+    print(f"[sdtrain-launch] {message}", file=sys.stderr, flush=True)
