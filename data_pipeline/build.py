@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from data_pipeline.cluster import RayExecutor
+from data_pipeline.layout import shapes_of
 from data_pipeline.runner import Runner
 from data_pipeline.stage import Stage
 from data_pipeline.stages.filter import FilterSettings
@@ -33,7 +34,7 @@ def stages_for(config: IngestionConfig) -> list[Stage]:
             stages = _adopting_stages(config, config.source)
         case DigitsSource():
             stages = [_digits_stage(config, config.source)]
-    return [*stages, *_curation_stages(config), *_shard_stages(config)]
+    return [*stages, *_curation_stages(config), *_bucket_stages(config), *_shard_stages(config)]
 
 
 def _laion_stages(config: IngestionConfig, source: LaionSource) -> list[Stage]:
@@ -141,6 +142,20 @@ def _digits_stage(config: IngestionConfig, source: DigitsSource) -> Stage:
     )
 
 
+def _bucket_stages(config: IngestionConfig) -> list[Stage]:
+    """Images of several sizes to shards of one size each."""
+    if not _is_bucketed(config):
+        return []
+    from data_pipeline.stages.buckets import bucket_stages
+
+    out, images = config.output, selected_folder(config)
+    return bucket_stages(images, out / "04-buckets-sort", bucketed_folder(config), config.download.samples_per_shard)
+
+
+def _is_bucketed(config: IngestionConfig) -> bool:
+    return config.download.resize_mode == "buckets"
+
+
 def _shard_stages(config: IngestionConfig) -> list[Stage]:
     """Images to manifests: `images.json` lists the pictures, `manifest.json` what training reads.
 
@@ -149,20 +164,22 @@ def _shard_stages(config: IngestionConfig) -> list[Stage]:
     from data_pipeline.stages.manifest import ManifestStage
 
     out = config.output
-    images, tokens, latents = selected_folder(config), out / "06-tokens", out / "07-encode"
+    images, tokens, latents = bucketed_folder(config), out / "06-tokens", out / "07-encode"
     transform = ImageTransform(config.download)
-    listed = ManifestStage("images", images, out / "05-images", out / "images.json", (transform,))
+    listed = ManifestStage("images", images, out / "05-images", out / "images.json", (transform,), _is_bucketed(config))
     target = out / "manifest.json"
     if config.encode is None:
         captions, last = _captions_stages(config, images)
-        return [listed, *captions, ManifestStage("manifest", last, out / "08-manifest", target, (transform,))]
+        manifest = ManifestStage("manifest", last, out / "08-manifest", target, (transform,), _is_bucketed(config))
+        return [listed, *captions, manifest]
     from data_pipeline.stages.encode import EncodeStage
     from data_pipeline.stages.tokenize import TokenizeStage
 
     tokenize = TokenizeStage(images, tokens, config.tokenize.max_length)
     encode = EncodeStage(images, tokens, latents, config.encode, num_gpus=_gpus_of_a_worker())
     captions, last = _captions_stages(config, latents)
-    manifest = ManifestStage("manifest", last, out / "08-manifest", target, (transform, tokenize, encode))
+    makers = (transform, tokenize, encode)
+    manifest = ManifestStage("manifest", last, out / "08-manifest", target, makers, _is_bucketed(config))
     return [listed, tokenize, encode, *captions, manifest]
 
 
@@ -187,10 +204,10 @@ class ImageTransform:
     settings: DownloadConfig
 
     def fingerprint(self) -> dict[str, Any]:
-        """Size, crop and quality."""
-        return {
-            "transform": self.settings.model_dump(mode="json", include={"image_size", "resize_mode", "jpeg_quality"})
-        }
+        """Size, crop and quality; the shapes too, where there are several."""
+        facts = self.settings.model_dump(mode="json", include={"image_size", "resize_mode", "jpeg_quality"})
+        shapes = [list(shape) for shape in shapes_of(self.settings)] if self.settings.resize_mode == "buckets" else []
+        return {"transform": facts | ({"bucket_shapes": shapes} if shapes else {})}
 
 
 def _gpus_of_a_worker() -> int:
@@ -209,6 +226,11 @@ def selected_folder(config: IngestionConfig) -> Path:
     """Where the image shards lie that everything after them is made of."""
     is_selected = config.content_dedup is not None or config.scores is not None
     return config.output / "04-select" if is_selected else images_folder(config.output)
+
+
+def bucketed_folder(config: IngestionConfig) -> Path:
+    """Where the image shards of one size each lie: those that were selected, where there is one size."""
+    return config.output / "04-buckets" if _is_bucketed(config) else selected_folder(config)
 
 
 def filter_settings(config: FilterConfig) -> FilterSettings:

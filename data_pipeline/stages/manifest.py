@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from data_pipeline.stage import Needs, Unit, Work, numbered_files
+from data_pipeline.stages.buckets import bucket_of
 from data_pipeline.takedown import take_down_again
 from sdtrain.data.manifest import Manifest, ShardEntry, describe_shard, write_manifest
 from sdtrain.data.shard import ShardReader
@@ -42,6 +43,7 @@ class ManifestStage:
         folder: Where the list goes.
         target: The manifest, in a folder above the shards.
         makers: Stages whose facts make up the fingerprint.
+        bucketed: Whether each shard is of one of several sizes, which is named then.
     """
 
     name: str
@@ -49,15 +51,16 @@ class ManifestStage:
     folder: Path
     target: Path
     makers: tuple[Maker, ...]
+    bucketed: bool = False
     version: str = "1"
     needs: Needs = field(default_factory=Needs)
 
     def config_facts(self) -> Mapping[str, Any]:
-        """The fingerprint."""
+        """The fingerprint, and whether there are buckets."""
         merged: dict[str, Any] = {}
         for maker in self.makers:
             merged |= maker.fingerprint()
-        return {"fingerprint": merged}
+        return {"fingerprint": merged} | ({"bucketed": True} if self.bucketed else {})
 
     def units(self) -> Sequence[Unit]:
         """One, made from all sidecars: they hold their tars' digests.
@@ -75,7 +78,8 @@ class ManifestStage:
 
         def work(unit: Unit, folder: Path) -> dict[str, Any]:
             shards = [path.with_name(path.name.removesuffix(".index.json")) for path in unit.inputs]
-            entries = [entry for path in shards if (entry := list_shard(path, self.target.parent)) is not None]
+            listed = (list_shard(path, self.target.parent, bucketed=self.bucketed) for path in shards)
+            entries = [entry for entry in listed if entry is not None]
             if not entries:
                 raise DataError(
                     f"{self.source}: not one of {len(shards)} shards holds a sample; see summary.json there"
@@ -104,19 +108,21 @@ class ManifestStage:
         return f"{self.name}: {samples} samples in {stats[0]['shards']} shards; {text}"
 
 
-def list_shard(path: Path, folder: Path) -> ShardEntry | None:
-    """The manifest's entry of a shard, its split from its first sample; None for a shard without samples.
+def list_shard(path: Path, folder: Path, *, bucketed: bool = False) -> ShardEntry | None:
+    """The manifest's entry of a shard, split and bucket from its first sample; None for a shard without samples.
 
     Raises:
-        DataError: The shard is damaged, or its sample does not say which split it belongs to.
+        DataError: The shard is damaged, or its sample does not say which split it belongs to, or which size it has.
     """
     with ShardReader(path) as reader:
         if len(reader) == 0:
             return None
-        split = reader.decode(0, "json").get("split")
+        facts = reader.decode(0, "json")
+    split = facts.get("split")
     if not isinstance(split, str) or not split:
         raise DataError(f"{path}: json of the first sample has split {split!r}; expected 'train' or 'validation'")
-    return describe_shard(path, split=split, folder=folder)
+    bucket = bucket_of(facts, f"{path}: the first sample") if bucketed else None
+    return describe_shard(path, split=split, folder=folder, bucket=bucket)
 
 
 def publish(target: Path, entries: Sequence[ShardEntry], fingerprint: Mapping[str, Any]) -> str:
