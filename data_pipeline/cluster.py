@@ -176,7 +176,7 @@ class RayExecutor:
         room.check_services()
         slots = self.workers or int(ray.cluster_resources().get("CPU", 1))
         room.options = options = self._options(stage, slots)
-        parallel = max(1, int(slots // max(options["num_cpus"], 1)))
+        parallel = max(1, min(int(slots // max(options["num_cpus"], 1)), room.count()))
         parallel = min(parallel, stage.needs.max_workers or parallel, num_units)
         pool_class = _ActorPool if stage.needs.keeps_worker else _TaskPool
         pool = pool_class(stage, options, parallel, room)
@@ -268,10 +268,16 @@ class _Room:
         if now - self._looked < _LOOK_EVERY_SECONDS:
             return
         self._looked = now
-        if any(self._fits(node["Resources"]) for node in self._alive()):
+        if self.count():
             self._last_seen = now
         elif now - self._last_seen > _PATIENCE_SECONDS:
             raise PeerLostError(self._message())
+
+    def count(self) -> int:
+        """How many workers all nodes alive can hold at a time: one per GPU where a worker takes one."""
+        wanted = self._wanted().items()
+        nodes = (node["Resources"] for node in self._alive())
+        return sum(min((int(one.get(name, 0) // amount) for name, amount in wanted), default=1) for one in nodes)
 
     def check_services(self) -> None:
         """Look whether Ray is alive; without its raylet, calls to it hang or end this process.
@@ -293,9 +299,6 @@ class _Room:
     def _wanted(self) -> dict[str, float]:
         names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
         return {ray_name: self.options[name] for name, ray_name in names.items() if self.options.get(name)}
-
-    def _fits(self, resources: Mapping[str, float]) -> bool:
-        return all(resources.get(name, 0) >= amount for name, amount in self._wanted().items())
 
     def _message(self) -> str:
         wanted = ", ".join(f"{name} {amount:g}" for name, amount in self._wanted().items())
