@@ -258,12 +258,17 @@ class EncodeConfig(Section):
         batch_size: Pictures in one forward.
         precision: Working precision; moments are stored in fp16.
         check_samples: Pictures per shard that are decoded again and compared.
+        compile: Compile the blocks of the encoder, for each size of pictures once in every worker.
+        flips: Store the moments of the mirrored pictures too, in the shards to train on; each sample that is read takes
+            one of the two by its own draw. Twice the work and twice the bytes.
     """
 
     autoencoder: NonEmptyStr
     batch_size: PositiveInt = 16
     precision: Precision = "fp32"
     check_samples: NonNegativeInt = 4
+    compile: bool = False
+    flips: bool = False
 
 
 class PlanConfig(Section):
