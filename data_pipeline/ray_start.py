@@ -6,12 +6,18 @@ import logging
 import os
 import secrets
 import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from sdtrain.errors import ConfigError
 
 _OBJECT_STORE_BYTES = 128 << 20  # units travel as paths, so the store stays almost empty
 _PROBE_SECONDS = 10.0
+_REFUSED = b"InvalidAuthToken"  # what Ray's words say of a token that is missing or wrong
 _HOW_TO_START = "start a cluster with `ray start --head`, or leave the key out to run on this machine"
 
 
@@ -60,7 +66,6 @@ def join_cluster(address: str) -> None:
     except OSError as error:
         raise ConfigError(f"{where}: no Ray cluster answers ({error}); {_HOW_TO_START}") from None
     _set_environment()
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it would tell each of its attempts
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")  # seconds; something listens there already
     import ray
     from ray._private.authentication import authentication_token_setup
@@ -68,11 +73,29 @@ def join_cluster(address: str) -> None:
 
     token = token_source()
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    with tempfile.TemporaryFile() as words:
+        try:
+            with _stderr_into(words):
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, AuthenticationError) as error:
+            first_line = str(error).splitlines()[0]
+            words.seek(0)
+            is_token = isinstance(error, AuthenticationError) or _REFUSED in words.read()
+            advice = f"{token_advice(token)}; {_HOW_TO_START}" if is_token else _HOW_TO_START
+            raise ConfigError(f"{where}: cannot join ({first_line}): {advice}") from None
+
+
+@contextmanager
+def _stderr_into(file: IO[bytes]) -> Iterator[None]:
+    """Let what this process writes to stderr, Ray's C++ parts included, go into a file: a line for every attempt."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, AuthenticationError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(f"{where}: cannot join ({first_line}). {token_advice(token)}; {_HOW_TO_START}") from None
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def token_source() -> str | None:
@@ -86,15 +109,15 @@ def token_source() -> str | None:
 
 
 def token_advice(source: str | None) -> str:
-    """What to look at where a cluster may have refused a token."""
+    """What to do where a cluster has refused this process's token."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
-        return "RAY_AUTH_MODE=disabled sends no token, and a cluster asks for one by default: unset it"
+        return "the cluster asks for a token, and RAY_AUTH_MODE=disabled sends none: unset it"
     if source is None:
         return (
-            "A cluster asks for a token by default, and there is none here: put the head's "
+            "the cluster asks for a token, and there is none here: put the head's "
             "(`ray get-auth-token` there) into a file of mode 600 and set RAY_AUTH_TOKEN_PATH to it"
         )
-    return f"If it is up, it refuses the token from {source}: compare it with `ray get-auth-token` on the head"
+    return f"the cluster refuses the token from {source}: compare it with `ray get-auth-token` on the head"
 
 
 def _probe(address: str) -> None:

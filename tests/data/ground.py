@@ -92,7 +92,7 @@ class Grounds:
         """The world on the web."""
         context = multiprocessing.get_context("fork")
         ready = context.Event()
-        server = context.Process(target=self._serve, args=(ready,), daemon=True)
+        server = context.Process(target=self._serve, args=(ready, os.getpid()), daemon=True)
         server.start()
         assert ready.wait(30), "the server did not come up"
         try:
@@ -101,10 +101,11 @@ class Grounds:
             server.kill()
             server.join()
 
-    def _serve(self, ready: Any) -> None:
-        server = CountingServer(World.load(self.folder / "world"), self.port, self.log)
-        ready.set()
-        server.serve_forever()
+    def _serve(self, ready: Any, parent: int) -> None:
+        with CountingServer(World.load(self.folder / "world"), self.port, self.log):
+            ready.set()
+            while os.getppid() == parent:  # a killed parent could not end this process
+                time.sleep(0.5)
 
     @property
     def log(self) -> Path:

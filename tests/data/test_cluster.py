@@ -74,11 +74,11 @@ def check_tokens(run: Run, address: str, folder: Path) -> None:
     home = {"HOME": str(folder)}
     missing = refused(run, address, **home)
     assert f"runner.address: '{address}': cannot join (" in missing
-    assert "A cluster asks for a token by default, and there is none here" in missing
+    assert "the cluster asks for a token, and there is none here: put the head's" in missing
     wrong = refused(run, address, **home, RAY_AUTH_TOKEN="b" * 64)
-    assert "it refuses the token from the environment variable RAY_AUTH_TOKEN" in wrong
+    assert "the cluster refuses the token from the environment variable RAY_AUTH_TOKEN" in wrong
     off = refused(run, address, **home, RAY_AUTH_MODE="disabled")
-    assert "RAY_AUTH_MODE=disabled sends no token" in off
+    assert "the cluster asks for a token, and RAY_AUTH_MODE=disabled sends none: unset it" in off
     found = refused(run, "auto", **home, RAY_AUTH_TOKEN="b" * 64)
     assert found.startswith("sdtrain-data: runner.address: 'auto': cannot join (")
     print("tokens are checked", flush=True)

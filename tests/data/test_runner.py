@@ -161,7 +161,10 @@ def test_a_cluster_that_is_not_there_is_a_config_error(world):
 @pytest.mark.parametrize(
     ("environment", "advice"),
     [
-        ({"RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE=disabled sends no token, and a cluster asks for one by default"),
+        (
+            {"RAY_AUTH_MODE": "disabled"},
+            "the cluster asks for a token, and RAY_AUTH_MODE=disabled sends none: unset it",
+        ),
         (
             {},
             "there is none here: put the head's (`ray get-auth-token` there) into a file of mode 600 and set RAY",
