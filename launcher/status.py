@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
+import re
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from launcher.slurm_journal import Journal
+from launcher.slurm_queue import QueuedJob, find_job
 from launcher.torchrun import checkpoint_names
 from sdtrain.errors import ConfigError, ExitCode
 from sdtrain.run_dir import Exit, RunDir, read_json_lines
@@ -22,18 +24,36 @@ class Status:
         exit: How the newest attempt ended; None while it runs, or after a crash.
         newest_checkpoint: Path of the newest committed checkpoint; None where there is none.
         metrics: The last logged row; None where nothing was logged.
+        progress: The last row of a training step; None where there is none.
+        restarts: Starts of the run beyond its first one.
+        job: Number of its newest Slurm job; None where it never was one.
+        queued: How the scheduler sees that job; None where it does not know it any more.
     """
 
     run: Path
     exit: Exit | None
     newest_checkpoint: Path | None
     metrics: dict[str, Any] | None
+    progress: dict[str, Any] | None
+    restarts: int
+    job: str | None
+    queued: QueuedJob | None
 
     def as_json(self) -> dict[str, Any]:
         """The same facts as plain JSON values."""
         checkpoint = None if self.newest_checkpoint is None else str(self.newest_checkpoint)
         outcome = None if self.exit is None else asdict(self.exit)
-        return {"run": str(self.run), "exit": outcome, "newest_checkpoint": checkpoint, "metrics": self.metrics}
+        queued = None if self.queued is None else asdict(self.queued)
+        return {
+            "run": str(self.run),
+            "exit": outcome,
+            "newest_checkpoint": checkpoint,
+            "metrics": self.metrics,
+            "progress": self.progress,
+            "restarts": self.restarts,
+            "job": self.job,
+            "queued": queued,
+        }
 
 
 def read_status(run: Path) -> Status:
@@ -50,10 +70,27 @@ def read_status(run: Path) -> Status:
             "give the folder that `run_dir` names, by default runs/<name>"
         )
     names = sorted(checkpoint_names(run_dir), key=lambda name: int(name.removeprefix("step-")))
-    figures = (row for row in read_json_lines(run_dir.metrics) if "step" in row)  # the others mark starts
-    rows = deque(figures, maxlen=1)
+    rows = [row for row in read_json_lines(run_dir.metrics) if "step" in row]  # the others mark starts
     newest = run_dir.checkpoints / names[-1] if names else None
-    return Status(run, run_dir.read_exit(), newest, rows[0] if rows else None)
+    job = Journal(run_dir).newest_job()
+    return Status(
+        run=run,
+        exit=run_dir.read_exit(),
+        newest_checkpoint=newest,
+        metrics=rows[-1] if rows else None,
+        progress=next((row for row in reversed(rows) if "train/images_per_second" in row), None),
+        restarts=max(0, sum(row.get("event") == "start" for row in run_dir.ledger_rows()) - 1),
+        job=job,
+        queued=None if job is None else _queued(job),
+    )
+
+
+def _queued(job: str) -> QueuedJob | None:
+    """How the scheduler sees a job; a machine without Slurm's commands can still read the rest of a run."""
+    try:
+        return find_job(job)
+    except ConfigError:
+        return None
 
 
 def exit_name(code: int) -> str:
@@ -77,6 +114,33 @@ def _metrics_text(row: dict[str, Any] | None) -> str:
     )
 
 
+def _progress_text(status: Status) -> str:
+    """Step, losses, speed, restarts and what is left, which a run that has ended does not need."""
+    row = status.progress
+    if row is None:
+        return f"no step logged yet, {status.restarts} restarts"
+    losses = {
+        name.removeprefix("train/"): value for name, value in row.items() if re.fullmatch(r"train/(.+/)?loss", name)
+    }
+    parts = [f"step {row['step']}", *(f"{name} {value:.4f}" for name, value in losses.items())]
+    parts += [f"{row['train/images_per_second']:.1f} images/s", f"{status.restarts} restarts"]
+    if status.exit is None or status.exit.code == ExitCode.REQUEUE:
+        seconds = row.get("train/eta_seconds", float("inf"))
+        parts.append(f"ETA {'?' if seconds == float('inf') else timedelta(seconds=round(seconds))}")
+    return ", ".join(parts)
+
+
+def _job_text(job: str, queued: QueuedJob | None) -> str:
+    if queued is None:
+        return f"{job}: not known to a scheduler here"
+    facts = [queued.state] if queued.reason == "None" else [queued.state, queued.reason]
+    if queued.state == "RUNNING":
+        facts += [f"for {queued.elapsed} of {queued.limit}", f"on {queued.nodes}"]
+    elif queued.state == "PENDING" and queued.starts_at != "N/A":
+        facts.append(f"starts about {queued.starts_at}")
+    return f"{job}: {', '.join(facts)}"
+
+
 def render(status: Status) -> str:
     """A few aligned lines for a terminal."""
     checkpoint = "none" if status.newest_checkpoint is None else str(status.newest_checkpoint)
@@ -85,5 +149,8 @@ def render(status: Status) -> str:
         "last exit": _outcome_text(status.exit),
         "checkpoint": checkpoint,
         "metrics": _metrics_text(status.metrics),
+        "progress": _progress_text(status),
     }
+    if status.job is not None:
+        lines["job"] = _job_text(status.job, status.queued)
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())

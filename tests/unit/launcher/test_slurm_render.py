@@ -88,7 +88,7 @@ def test_names_of_jobs() -> None:
 
 def test_the_example_holds_every_key() -> None:
     site = load_site(EXAMPLE)
-    assert set(Site.model_fields) == {name for name in site.model_fields_set}
+    assert set(Site.model_fields) == site.model_fields_set
     assert (site.gpus_per_node, site.time, site.modules) == (8, "24:00:00", ("cuda/12.8",))
 
 
@@ -121,7 +121,7 @@ def test_all_mistakes_of_a_site_are_told_at_once(tmp_path: Path) -> None:
         "All keys, with an example: slurm/site.example.yaml",
     ]
     path.write_text("environment: {A-B: x}\n")
-    with pytest.raises(ConfigError, match='environment.A-B = "x" .*a variable\'s name is made of letters, digits and'):
+    with pytest.raises(ConfigError, match=r'environment.A-B = "x" .*a variable\'s name is made of letters, digits and'):
         load_site(path)
 
 
