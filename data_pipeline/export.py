@@ -49,7 +49,8 @@ class Source:
 
     Attributes:
         pictures: Manifest of shards with pictures.
-        latents: Manifest of shards of the same names with tokens and moments; None where they are not wanted.
+        latents: Manifest of shards of the same names with tokens, moments and the captions that training sees; None
+            where nothing is wanted of them.
         extra: Which of `LATENT_FIELDS` are wanted.
     """
 
@@ -162,19 +163,26 @@ def source_of(wanted: Path | IngestionConfig, extra: Sequence[str]) -> Source:
     unknown = sorted(set(extra) - set(LATENT_FIELDS))
     if unknown:
         raise ConfigError(f"--with {unknown[0]}: is no column; known are {', '.join(LATENT_FIELDS)}")
-    path = wanted.output / "images.json" if isinstance(wanted, IngestionConfig) else wanted
+    latents: Manifest | None = None
+    if isinstance(wanted, IngestionConfig):
+        path = wanted.output / "manifest.json"
+        latents = Manifest.load(path)  # what a training reads: its captions may be other ones than those of images.json
+        if _lacks_pictures(latents) is not None:
+            path = path.with_name("images.json")
+        elif not extra:
+            latents = None
+    else:
+        path = wanted
+        latents = Manifest.load(path.with_name("manifest.json")) if extra else None
     pictures = Manifest.load(path)
-    for shard in pictures.shards:
-        if shard.num_samples and not set(_PICTURES) & set(shard.fields):
-            raise DataError(
-                f"{path}: shard {shard.path} holds no picture ({' or '.join(_PICTURES)}), it holds "
-                f"{', '.join(shard.fields)}; give the images.json beside it, or the page of the data set"
-            )
-    if not extra:
-        return Source(pictures, None, ())
-    latents = Manifest.load(path.with_name("manifest.json"))
+    bare = _lacks_pictures(pictures)
+    if bare is not None:
+        raise DataError(
+            f"{path}: shard {bare.path} holds no picture ({' or '.join(_PICTURES)}), it holds "
+            f"{', '.join(bare.fields)}; give the images.json beside it, or the page of the data set"
+        )
     for name in extra:
-        if LATENT_FIELDS[name] not in latents.field_shapes:
+        if latents is not None and LATENT_FIELDS[name] not in latents.field_shapes:
             sizes = (
                 f"; it has several sizes of it ({', '.join(latents.bucket_shapes)})" if latents.bucket_shapes else ""
             )
@@ -183,6 +191,12 @@ def source_of(wanted: Path | IngestionConfig, extra: Sequence[str]) -> Source:
                 f"{', '.join(sorted(latents.field_shapes))}{sizes}; export without --with {name}"
             )
     return Source(pictures, latents, tuple(extra))
+
+
+def _lacks_pictures(manifest: Manifest) -> ShardEntry | None:
+    """The first shard without a picture."""
+    shards = (shard for shard in manifest.shards if shard.num_samples and not set(_PICTURES) & set(shard.fields))
+    return next(shards, None)
 
 
 def features_of(source: Source, score_names: Sequence[str]) -> Features:
@@ -235,8 +249,9 @@ def samples_of(source: Source, shard: ShardEntry) -> Iterator[Sample]:
                         "without --with"
                     )
                 extra = {name: latents.decode(rows[key], LATENT_FIELDS[name]) for name in source.extra}
-            has_text = "txt" in reader.fields
-            caption = reader.decode(place, "txt") if has_text else str(facts.get("caption", ""))
+            text = latents if latents is not None and "txt" in latents.fields else reader
+            row = place if text is reader else rows[key]
+            caption = text.decode(row, "txt") if "txt" in text.fields else str(facts.get("caption", ""))
             yield Sample(key, reader.read(place, field), caption, facts, extra)
 
 

@@ -51,7 +51,12 @@ def data(tmp_path: Path) -> Path:
                 facts = facts_of(number, split)
                 one.write(f"k{number}", {"jpg": jpeg(number), "txt": f"picture {number} ☃", "json": facts})
                 tokens = np.arange(number, number + 7, dtype=np.uint16)
-                other.write(f"k{number}", {"moments.npy": moments_of(number), "tokens.npy": tokens, "json": facts})
+                encoded_fields = {
+                    "moments.npy": moments_of(number),
+                    "tokens.npy": tokens,
+                    "txt": f"trained on {number}",
+                }
+                other.write(f"k{number}", encoded_fields | {"json": facts})
                 number += 1
         images.append(describe_shard(pictures, split=split, folder=folder))
         latents.append(describe_shard(encoded, split=split, folder=folder))
@@ -104,6 +109,15 @@ def test_tokens_and_moments_come_from_the_latent_shards(data: Path, tmp_path: Pa
     for number in (0, 6, 13):
         assert rows[number]["tokens"].tolist() == list(range(number, number + 7))
         np.testing.assert_array_equal(rows[number]["moments"], moments_of(number))
+
+
+def test_a_page_gives_the_captions_that_training_sees(data: Path, tmp_path: Path) -> None:
+    page = tmp_path / "data.yaml"
+    page.write_text(f"schema_version: 1\nkind: ingestion\noutput: {data}\nsource: {{type: digits}}\n")
+    assert call("export", page, "--out", tmp_path / "out") == 0
+    assert loaded(tmp_path / "out")["train"]["caption"][:2] == ["trained on 0", "trained on 1"]
+    assert call("export", data / "images.json", "--out", tmp_path / "images") == 0
+    assert loaded(tmp_path / "images")["train"]["caption"][:2] == ["picture 0 ☃", "picture 1 ☃"]
 
 
 def test_what_was_taken_down_is_not_in_it(data: Path, tmp_path: Path, capsys) -> None:
@@ -192,7 +206,9 @@ def test_wrong_wishes_are_named(data: Path, tmp_path: Path, capsys) -> None:
 def test_latents_that_do_not_fit_are_named(data: Path, tmp_path: Path, capsys) -> None:
     (data / "latents" / "00000.tar").unlink()
     with ShardWriter(data / "latents" / "00000.tar") as writer:
-        writer.write("other", {"moments.npy": moments_of(0), "tokens.npy": np.zeros(7, np.uint16), "json": {}})
+        writer.write(
+            "other", {"moments.npy": moments_of(0), "tokens.npy": np.zeros(7, np.uint16), "txt": "", "json": {}}
+        )
     (data / "manifest.json").unlink()
     entries = [
         describe_shard(data / "latents" / f"{n:05d}.tar", split=s, folder=data, bucket="a" if n else "b")
