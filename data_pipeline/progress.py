@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -78,9 +79,10 @@ class RunProgress:
 
     def _write(self) -> None:
         self._attempt["updated"] = time.time()
-        row = {"attempt": self._attempt, "stages": list(self._stages.values())}
-        write_atomically(self._path, json.dumps(row, indent=1) + "\n")
         self._written = time.monotonic()
+        row = {"attempt": self._attempt, "stages": list(self._stages.values())}
+        with contextlib.suppress(OSError):  # a full disk is for those to tell who write data
+            write_atomically(self._path, json.dumps(row, indent=1) + "\n")
 
     def __enter__(self) -> RunProgress:
         self._write()

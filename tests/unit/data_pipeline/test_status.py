@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -131,6 +132,18 @@ def test_writing_is_rare_unless_it_must_be_seen(tmp_path):
         progress.tell("metadata", {"done": 2}, at_once=False)
         assert read_progress(tmp_path)["stages"][0]["done"] == 1
     assert read_progress(tmp_path)["stages"][0]["done"] == 2
+
+
+def test_a_disk_that_takes_nothing_more_does_not_hide_the_error_that_says_so(tmp_path):
+    output = tmp_path / "out"
+    with (
+        pytest.raises(DataError, match="the data's own error"),
+        RunProgress(output, folders(output), ["metadata"]) as progress,
+    ):
+        shutil.rmtree(output)
+        output.write_text("a file, in which nothing can be written")
+        progress.tell("metadata", {"done": 1})
+        raise DataError("the data's own error")
 
 
 def test_ledgers_without_a_progress_file_are_counted(tmp_path):
