@@ -135,11 +135,10 @@ class ForeignShard:
 
     def _place(self, number: int, names: Sequence[str]) -> Place | None:
         """The first of some fields that a sample has, whatever the case of its name."""
-        by_name = {name.lower(): columns for name, columns in self._index.fields.items()}
-        for name in names:
-            columns = by_name.get(name)
-            if columns is not None and columns.size[number] != ABSENT:
-                return Place(columns.offset[number], columns.size[number])
+        for wanted in names:
+            for name, columns in self._index.fields.items():
+                if name.lower() == wanted and columns.size[number] != ABSENT:
+                    return Place(columns.offset[number], columns.size[number])
         return None
 
     def _text(self, number: int) -> str | None:

@@ -123,7 +123,10 @@ class ShardTablesStage:
 
 
 def _samples_of(tar: Path, source: str, max_bytes: int) -> tuple[list[Sample], Counter[str]]:
-    """The samples that can be taken, and how many cannot, by reason."""
+    """The samples that can be taken, and how many cannot, by reason.
+
+    They are sorted by key: img2dataset writes them as they arrive, under keys that count the rows of its table.
+    """
     shard = ForeignShard(tar, source, max_bytes)
     samples, rejected = [], Counter[str]()
     try:
@@ -134,7 +137,7 @@ def _samples_of(tar: Path, source: str, max_bytes: int) -> tuple[list[Sample], C
                 rejected[str(error)] += 1
     finally:
         shard.close()
-    return samples, rejected
+    return sorted(samples, key=lambda sample: sample.key), rejected
 
 
 def _write_table(path: Path, samples: Sequence[Sample], number: int) -> list[str]:
