@@ -72,10 +72,10 @@ def join_cluster(address: str) -> None:
     from ray.exceptions import AuthenticationError
 
     token = token_source()
-    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     with tempfile.TemporaryFile() as words:
         try:
             with _stderr_into(words):
+                authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, AuthenticationError) as error:
             first_line = str(error).splitlines()[0]
