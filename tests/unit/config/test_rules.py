@@ -337,6 +337,10 @@ def test_what_the_rules_leave_alone(tmp_path: Path) -> None:
             "download.total_timeout_seconds = 5 (command line): must be >= download.timeout_seconds = 10",
         ),
         (
+            ["download.bucket_shapes=[[64, 64]]"],
+            "download.bucket_shapes = [[64, 64]] (command line): needs download.resize_mode=buckets, not center_crop",
+        ),
+        (
             ["download.allowed_ports=[80, 70000]"],
             "download.allowed_ports.1 = 70000 (command line): must be <= 65535",
         ),
@@ -368,6 +372,7 @@ def test_smaller_pictures_may_be_enlarged(tmp_path: Path) -> None:
     path = page(tmp_path, INGESTION)
     load_config(path, ["filter.min_width=null", "filter.min_height=null"])
     load_config(path, ["filter.min_width=1", "filter.min_height=1", "download.only_if_bigger=false"])
+    load_config(path, ["filter.min_width=1", "filter.min_height=1", "download.resize_mode=border"])
 
 
 @pytest.mark.parametrize("overrides", [[], ["prompts=[a]", "prompts_file=p.txt"]])
