@@ -117,7 +117,10 @@ def end(run_dir: RunDir, here: Surroundings, max_restarts: int, step_status: int
     journal.add("end", {"job": here.job, "restart": here.restart, "code": code, "reason": told, "requeued": again})
     _say(told)
     if again:
-        requeue(here.job)
+        try:
+            requeue(here.job)
+        except ConfigError as error:
+            _say(f"{error}. Go on with: sdtrain-launch resume {run_dir.path}")
     return code
 
 

@@ -78,7 +78,7 @@ GresTypes=gpu
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port=${ports[1]} CPUs=16 Gres=gpu:8 State=UNKNOWN
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=${ports[2]} CPUs=16 Gres=gpu:8 State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=60 MaxTime=INFINITE
-PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
+PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF MaxTime=24:00:00
 END
 touch "$folder"/gpu{0..7}
 echo "NodeName=n[1-2] Name=gpu File=$folder/gpu[0-7]" >"$folder/gres.conf"

@@ -75,6 +75,11 @@ class ClusterRun:
         assert done.returncode == 0, done.stderr
         self.job = str(Journal(self.run).newest_job())
 
+    def resubmit(self, *arguments: str) -> None:
+        done = self.launch("resume", str(self.run.path), *arguments)
+        assert done.returncode == 0, done.stderr
+        self.job = str(Journal(self.run).newest_job())
+
     def state(self) -> str:
         return slurm("squeue", "--noheader", "--states=all", f"--jobs={self.job}", "--format=%T")
 
@@ -82,8 +87,12 @@ class ClusterRun:
         return int(slurm("squeue", "--noheader", "--states=all", f"--jobs={self.job}", "--Format=RestartCnt"))
 
     def hurry(self) -> None:
-        """A requeued job waits for half a minute otherwise."""
+        """Start a requeued job, which waits for half a minute otherwise.
+
+        Not within three seconds: nodes have revoked what lets a job of this number start, by clocks of whole seconds.
+        """
         if self.state() == "PENDING":
+            time.sleep(3)
             subprocess.run(["scontrol", "update", f"jobid={self.job}", "StartTime=now"], capture_output=True)
 
     def wait_for_step(self, step: int, *, seconds: float = 180) -> None:
@@ -140,9 +149,8 @@ class ClusterRun:
                     continue
             return found
 
-        for _ in range(50):
-            if not (found := alive()):
-                return []
+        end = time.monotonic() + 10
+        while (found := alive()) and time.monotonic() < end:
             time.sleep(0.2)
         return found
 

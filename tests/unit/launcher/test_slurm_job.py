@@ -121,6 +121,19 @@ def test_starts_in_vain(run: RunDir, scheduler: Scheduler, capsys: pytest.Captur
     begin(run, Surroundings("8", 0, 2, 1), 50)  # a new job is a person's decision
 
 
+def test_a_scheduler_that_refuses_to_requeue(
+    run: RunDir, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def requeue(job: str) -> None:
+        raise ConfigError("scontrol requeue 7 failed: Requested operation is presently disabled")
+
+    monkeypatch.setattr(slurm_job, "requeue", requeue)
+    begin(run, FIRST, 5)
+    run.write_exit(Exit(85, "SIGTERM", 3, 0, "a"))
+    assert end(run, FIRST, 5, 85) == ExitCode.REQUEUE
+    assert f"is presently disabled. Go on with: sdtrain-launch resume {run.path}" in capsys.readouterr().err
+
+
 def test_a_new_checkpoint_gives_new_chances() -> None:
     def start(*names: str, job: str = "7") -> Start:
         return Start(job, 0, "logs", 1, 2, None, list(names))

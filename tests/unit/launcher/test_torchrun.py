@@ -32,7 +32,7 @@ from sdtrain.run_dir import REFUSED_STEP, Exit, RunDir
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
-from sdtrain.run_dir import Exit, RunDir
+from sdtrain.run_dir import REFUSALS, Exit, RunDir
 
 run, resume = RunDir(Path(sys.argv[1])), sys.argv[2]
 rank = int(os.environ.get("RANK", 0))
@@ -201,6 +201,18 @@ def test_a_refusal_has_its_code_and_touches_no_word(tmp_path, without_torchrun, 
     assert len(resumes(job.run_dir)) == 1
     assert job.run_dir.exit_file.stat().st_mtime_ns == before
     assert f"refused with code 8, nothing but {job.log_dir} was touched: no room" in capfd.readouterr().err
+
+
+def test_a_refusal_is_passed_on_to_the_batch_script_that_started_the_launcher(tmp_path, without_torchrun, monkeypatch):
+    body = """
+    from sdtrain.run_dir import REFUSED_STEP, tell_launcher
+    tell_launcher(Exit(8, "no room", REFUSED_STEP, 0, "none"))
+    sys.exit(8)
+    """
+    monkeypatch.setenv(REFUSALS, str(tmp_path / "asked"))
+    assert supervisor(tmp_path, body).run() == ExitCode.STORAGE
+    told = RunDir(tmp_path / "asked").read_exit()
+    assert told is not None and (told.code, told.reason, told.is_refusal) == (8, "no room", True)
 
 
 def test_return_code_zero_without_a_word_is_a_crash(tmp_path, without_torchrun, capfd):
