@@ -27,12 +27,12 @@ from launcher.torchrun import (
     torchrun_command,
 )
 from sdtrain.errors import ConfigError, ExitCode
-from sdtrain.run_dir import REFUSED_STEP, Exit, RunDir
+from sdtrain.run_dir import REFUSALS, REFUSED_STEP, Exit, RunDir
 
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
-from sdtrain.run_dir import REFUSALS, Exit, RunDir
+from sdtrain.run_dir import Exit, RunDir
 
 run, resume = RunDir(Path(sys.argv[1])), sys.argv[2]
 rank = int(os.environ.get("RANK", 0))
