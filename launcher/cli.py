@@ -17,7 +17,7 @@ from launcher import status as run_status
 from launcher.site import load_site
 from launcher.slurm import SITE_OPTIONS, Mode, job_of, refuse_impossible, refuse_node_local, render
 from launcher.slurm_job import Surroundings
-from launcher.slurm_journal import Journal, Submission, resubmission
+from launcher.slurm_journal import Journal, Submission, refuse_second_job, resubmission
 from launcher.slurm_watch import cancel_run, tails
 from launcher.status import read_status
 from launcher.torchrun import (
@@ -189,6 +189,7 @@ def submit_run(
     refuse_impossible(job, site)
     refuse_node_local(run_dir.path, site)
     journal = Journal(run_dir)
+    refuse_second_job(journal)
     journal.folder.mkdir(parents=True, exist_ok=True)
     number = slurm_queue.submit(script)
     journal.add("submit", Submission(number, str(Path.cwd()), str(config), list(overrides), options))

@@ -113,6 +113,21 @@ def fruitless_starts(starts: Sequence[Start], checkpoints: set[str]) -> int:
     return count
 
 
+def refuse_second_job(journal: Journal) -> None:
+    """Refuse another job of a run that one is still working on.
+
+    Raises:
+        ConfigError: Its job waits or runs.
+    """
+    newest, run = journal.newest_job(), journal.run_dir
+    queued = None if newest is None else find_job(newest)
+    if queued is not None and not queued.is_over:
+        raise ConfigError(
+            f"{run.path}: its job {newest} is {queued.state}; it goes on by itself, or end it first with: "
+            f"sdtrain-launch cancel {run.path}"
+        )
+
+
 def resubmission(journal: Journal, changed: dict[str, Any]) -> Submission:
     """The newest submission once more, with the page that the newest attempt left in the run's folder.
 
@@ -121,19 +136,13 @@ def resubmission(journal: Journal, changed: dict[str, Any]) -> Submission:
         changed: Options that win over those of then.
 
     Raises:
-        ConfigError: The run never was a job, or its job has not ended.
+        ConfigError: The run never was a job.
     """
     run, submissions, newest = journal.run_dir, journal.submissions(), journal.newest_job()
     if newest is None or not (submissions or run.config.exists()):
         raise ConfigError(
             f"{run.path}: no Slurm job of this run is known ({journal.path}); submit it with: "
             f"sdtrain-launch slurm {run.config} --nodes N --gpus-per-node G run_dir={run.path}"
-        )
-    queued = find_job(newest)
-    if queued is not None and not queued.is_over:
-        raise ConfigError(
-            f"{run.path}: its job {newest} is {queued.state}; it goes on by itself, or end it first with: "
-            f"sdtrain-launch cancel {run.path}"
         )
     last = submissions[-1] if submissions else _as_submitted(journal.starts()[-1])
     if not run.config.exists():

@@ -9,7 +9,7 @@ import pytest
 from launcher import slurm_queue
 from launcher.site import Site
 from launcher.slurm import job_of, refuse_node_local
-from launcher.slurm_journal import Journal, Start, Submission, resubmission
+from launcher.slurm_journal import Journal, Start, Submission, refuse_second_job, resubmission
 from launcher.slurm_queue import NodeGroup, QueuedJob, ask, groups_of, node_groups, seconds_of
 from launcher.slurm_watch import cancel_run, tails
 from sdtrain.errors import ConfigError
@@ -133,10 +133,22 @@ def test_a_run_that_never_was_a_job(journal: Journal) -> None:
         list(tails(journal, None, 10))
 
 
-def test_a_resubmission_takes_the_stored_page_once_there_is_one(
-    journal: Journal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("launcher.slurm_journal.find_job", lambda job: None)
+def test_a_run_has_one_job_at_a_time(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = {"8": QueuedJob("PENDING", "Resources", "", "", "", "")}
+    monkeypatch.setattr("launcher.slurm_journal.find_job", jobs.get)
+    refuse_second_job(journal)
+    journal.add("submit", Submission("7", "/home/me", "train.yaml", [], {}))
+    refuse_second_job(journal)
+    journal.add("submit", Submission("8", "/home/me", "train.yaml", [], {}))
+    with pytest.raises(
+        ConfigError, match="its job 8 is PENDING; it goes on by itself, or end it first with: sdtrain-l"
+    ):
+        refuse_second_job(journal)
+    jobs["8"] = QueuedJob("FAILED", "NonZeroExitCode", "", "", "", "")
+    refuse_second_job(journal)
+
+
+def test_a_resubmission_takes_the_stored_page_once_there_is_one(journal: Journal) -> None:
     first = Submission("7", "/home/me", "train.yaml", ["seed=3"], {"nodes": 8, "gpus_per_node": 8, "mode": "srun"})
     journal.add("submit", first)
     again = resubmission(journal, {"nodes": 4})
@@ -147,9 +159,7 @@ def test_a_resubmission_takes_the_stored_page_once_there_is_one(
     assert (again.config, again.folder, again.options) == (str(journal.run_dir.config), "/home/me", first.options)
 
 
-def test_a_job_that_was_submitted_by_hand_is_resubmitted(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = QueuedJob("FAILED", "NonZeroExitCode", "", "", "", "")
-    monkeypatch.setattr("launcher.slurm_journal.find_job", lambda job: ended)
+def test_a_job_that_was_submitted_by_hand_is_resubmitted(journal: Journal) -> None:
     journal.add("start", Start("7", 0, "slurm-7.0", 4, 2, None, []))
     with pytest.raises(ConfigError, match="no Slurm job of this run is known"):
         resubmission(journal, {})
