@@ -108,12 +108,19 @@ def costs_of(config: IngestionConfig, rows: Rows, table_bytes: int, mean_pixels:
         "second each (plan.images_per_core_second)",
         f"the limit of the download is the {'processes' if of_cores > of_network else 'bandwidth'}",
     ]
+    if config.content_dedup is not None or config.scores is not None:
+        stages.append(StageCost("select", 0, stored, None))
+        assumptions.append(
+            "content_dedup and scores reject no picture: what they find is known only once pictures are there"
+        )
     if config.encode is not None:
         tokens = images * (2 * config.tokenize.max_length + 2 * _TAR_BYTES_PER_FIELD)
         stages.append(StageCost("tokens", 0, tokens, None))
         stage, words = _encode(config, images, config.encode)
         stages.append(stage)
         assumptions += words
+        if config.captions is not None:
+            stages.append(StageCost("captions", 0, stage.writes, None))
     return Cost(images, tuple(stages), tuple(assumptions))
 
 

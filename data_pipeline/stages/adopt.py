@@ -24,7 +24,7 @@ from rich.table import Table
 from data_pipeline.block_lists import read_blocked_bytes, read_blocked_urls
 from data_pipeline.engine import SUCCESS, Arrived
 from data_pipeline.layout import shapes_of
-from data_pipeline.sources.laion import ALIASES, Columns, TableWriter
+from data_pipeline.sources.laion import ALIASES, TableWriter
 from data_pipeline.sources.shards import ForeignShard, Place, RejectedError, Sample, find_shards, read_member
 from data_pipeline.sources.tables import RemoteTable
 from data_pipeline.stage import Needs, Unit, Work, one_to_one
@@ -86,20 +86,22 @@ class ShardTablesStage:
                 tar, source = f"{unit.name}.tar", remote.url
                 remote.fetch(folder / tar)
             samples, rejected = _samples_of(folder / tar, source, self.max_bytes)
+            size, columns = (folder / tar).stat().st_size, {}
             if samples:  # a tar of which nothing can be taken has no card: the stages after it do not see it
                 names = _write_table(folder / f"{unit.name}.parquet", samples, unit.index)
-                columns = Columns({name: name for name in names}, tuple(names))
+                columns = {name: name for name in names}
                 card = {
                     "file": f"{unit.name}.parquet",
                     "tar": tar,
                     "source": source,
                     "rows": len(samples),
-                    "bytes": (folder / tar).stat().st_size,
-                    "columns": dict(columns.chosen),
-                    "present": list(columns.present),
+                    "bytes": size,
+                    "columns": columns,
+                    "present": names,
                 }
                 (folder / f"{unit.name}.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-            return {"source": source, "rows": len(samples), "rejected": dict(sorted(rejected.items()))}
+            counts = {"rows": len(samples), "rejected": dict(sorted(rejected.items()))}
+            return {"source": source, "bytes": size, "columns": columns, **counts}
 
         return work
 

@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.ledger import sha256_file
-from data_pipeline.stage import Needs, Unit, Work, one_to_one
+from data_pipeline.stage import Needs, Unit, Work, numbered_files, one_to_one
 from data_pipeline.stages.content_dedup import KEPT
 from sdtrain.config.curation import ScoresConfig
 from sdtrain.data.shard import ShardReader
+from sdtrain.run_dir import write_atomically
 
 SHARDS_AT_ONCE = 1000  # in a file of sorted scores: about a million
 
@@ -78,7 +79,7 @@ class ScoreStage:
         from data_pipeline.scorer import Scorer
 
         scorer = Scorer(self.settings, on_gpu=self.num_gpus > 0)
-        made_with = json.dumps(self._made_with(), sort_keys=True)
+        tools = json.dumps(self._tools(), sort_keys=True)
 
         def work(unit: Unit, folder: Path) -> dict[str, Any]:
             columns: dict[str, list[Any]] = {"key": [], **{name: [] for name in scorer.columns}}
@@ -93,7 +94,7 @@ class ScoreStage:
                         columns[name] += scores[name].tolist()
             kinds = {name: pa.string() if name == "key" else pa.float32() for name in columns}
             table = pa.table({name: pa.array(values, kinds[name]) for name, values in columns.items()})
-            table = table.replace_schema_metadata({"made_with": made_with})
+            table = table.replace_schema_metadata({"made_with": tools})
             pq.write_table(table, folder / f"{unit.name}.parquet", compression="zstd")
             means = {name: round(float(np.mean(columns[name])), 6) if wanted else 0.0 for name in scorer.columns}
             return {"scored": len(wanted), "means": means}
@@ -106,19 +107,26 @@ class ScoreStage:
         verdicts = pq.read_table(unit.inputs[-1], columns=["verdict"])["verdict"].to_pylist()
         return [sample for sample, verdict in enumerate(verdicts) if verdict == KEPT]
 
-    def _made_with(self) -> dict[str, str]:
+    def _tools(self) -> dict[str, str]:
         """Names and digests that stand beside every score."""
         head = self.settings.aesthetic_head
-        made_with = {"model": self.settings.model, "weights_sha256": sha256_file(self.settings.weights)}
-        return made_with | ({} if head is None else {"aesthetic_head_sha256": sha256_file(head)})
+        tools = {"model": self.settings.model, "weights_sha256": sha256_file(self.settings.weights)}
+        return tools | ({} if head is None else {"aesthetic_head_sha256": sha256_file(head)})
 
     def report(self, stats: Sequence[Mapping[str, Any]]) -> str:
-        """How many were scored, and the mean scores."""
+        """Write `summary.json`: how many were scored, by what, and the mean scores."""
         count = sum(row["scored"] for row in stats)
         names = stats[0]["means"]
         means = {name: sum(row["means"][name] * row["scored"] for row in stats) / max(count, 1) for name in names}
+        summary = {"scored": count, "means": means, "made_with": made_with(numbered_files(self.folder, ".parquet")[0])}
+        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         words = ", ".join(f"mean {name} {value:.4f}" for name, value in means.items())
         return f"score: {count:,} pictures by {self.settings.model}, {words}"
+
+
+def made_with(path: Path) -> dict[str, str]:
+    """Model and digests that a table of scores was made with."""
+    return json.loads(pq.read_schema(path).metadata[b"made_with"])
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ the survival funnel; a kept sample's json says which group it stands for, and it
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from data_pipeline.funnel import Funnel
 from data_pipeline.stage import Needs, Unit, Work, one_to_one
 from data_pipeline.stages.content_dedup import DUPLICATE, EXCLUDED
 from data_pipeline.stages.percentiles import value_at_percentile
+from data_pipeline.stages.score import made_with
 from sdtrain.config.curation import ScoresConfig
 from sdtrain.data.shard import ShardReader, ShardWriter
 from sdtrain.errors import DataError
@@ -113,7 +113,7 @@ class SelectStage:
         def work(unit: Unit, folder: Path) -> dict[str, Any]:
             verdicts = {} if self.verdicts is None else _by_key(unit.inputs[1])
             scores = {} if self.scores is None else _by_key(unit.inputs[-1])
-            made_with = {} if self.scores is None else _made_with(unit.inputs[-1])
+            tools = {} if self.scores is None else made_with(unit.inputs[-1])
             counts, stored = Counter[str](), 0
             with (
                 ShardReader(unit.inputs[0]) as shard,
@@ -126,7 +126,7 @@ class SelectStage:
                     if not reason:
                         stored += 1
                         fields: dict[str, Any] = {name: shard.read(sample, name) for name in shard.fields}
-                        facts = shard.decode(sample, "json") | _facts(verdict, score, made_with)
+                        facts = shard.decode(sample, "json") | _facts(verdict, score, tools)
                         writer.write(key, fields | {"json": facts})
                 rows = len(shard)
             rejected = {reason: count for reason, count in sorted(counts.items()) if reason}
@@ -168,15 +168,11 @@ def _by_key(path: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in pq.read_table(path).to_pylist()}
 
 
-def _made_with(path: Path) -> dict[str, str]:
-    return json.loads(pq.read_schema(path).metadata[b"made_with"])
-
-
-def _facts(verdict: Mapping[str, Any], score: Mapping[str, Any], made_with: Mapping[str, str]) -> dict[str, Any]:
+def _facts(verdict: Mapping[str, Any], score: Mapping[str, Any], tools: Mapping[str, str]) -> dict[str, Any]:
     """What a kept sample's json says beyond what it said before."""
     facts: dict[str, Any] = {}
     if verdict:
         facts["content_group"] = {"id": verdict["group"], "size": verdict["size"]}
     if score:
-        facts["clip_scores"] = {name: value for name, value in score.items() if name != "key"} | dict(made_with)
+        facts["clip_scores"] = {name: value for name, value in score.items() if name != "key"} | dict(tools)
     return facts

@@ -211,6 +211,11 @@ def test_slow_lines_many_gpus_and_measured_speeds_change_the_hours(tmp_path):
     assert stages["metadata"].reads == stages["metadata"].writes == 400_000_000
     assert stages["metadata"].hours == pytest.approx(400_000_000 * 8 / 100e6 / 3600)
     assert "the limit of the download is the bandwidth" in cost.assumptions
+    curated = {"content_dedup": {}, "captions": {"table": "new.jsonl"}, **sections}
+    cost = costs_of(page(tmp_path, tmp_path, **curated), MILLION, 400_000_000, None)
+    written = {stage.stage: stage.writes for stage in cost.stages}
+    assert written["select"] == written["download"] and written["captions"] == written["encode"]
+    assert any(line.startswith("content_dedup and scores reject no picture") for line in cost.assumptions)
     without = costs_of(page(tmp_path, tmp_path), MILLION, 400_000_000, None)
     assert [stage.stage for stage in without.stages][-1] == "download"
 
