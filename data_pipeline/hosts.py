@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from data_pipeline.transport_policy import Reason, RefusedError
 
 _MAX_CLOSED_SECONDS = 3600.0
-_MAX_IDLE_HOSTS = 4096
+_MAX_HOSTS = 4096
 
 
 @dataclass
@@ -92,15 +92,11 @@ class Hosts:
             return start - now
 
     def _forget(self, name: str, host: _Host) -> None:
-        """Drop a host without users whose times have passed, and all such hosts where there are many."""
+        """Drop a host without users whose times have passed, and the oldest wishes where hostile names pile them up."""
         if host.users == 0 and max(host.next_start, host.closed_until) <= self.clock():
             self._hosts.pop(name, None)
-        if len(self._hosts) > _MAX_IDLE_HOSTS:
-            now = self.clock()
-            idle = [
-                each
-                for each, known in self._hosts.items()
-                if known.users == 0 and max(known.next_start, known.closed_until) <= now
-            ]
-            for each in idle:
-                del self._hosts[each]
+        while len(self._hosts) > _MAX_HOSTS:
+            idle = next((each for each, known in self._hosts.items() if known.users == 0), None)
+            if idle is None:
+                return
+            del self._hosts[idle]

@@ -85,15 +85,21 @@ def test_an_hour_is_remembered_at_most() -> None:
     assert clock.slept == [3600.0]
 
 
-def test_closed_hosts_are_forgotten_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MAX_IDLE_HOSTS", 10)
-    known, clock = hosts()
+def test_of_very_many_wishes_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_HOSTS", 10)
+    known, _ = hosts()
     for number in range(20):
-        known.close(f"{number}.example", 5.0)
-    clock.now += 6
-    known.close("closed.example", 5.0)
+        known.close(f"{number}.example", 3600.0)
     visit(known)
-    assert list(known._hosts) == ["closed.example"]
+    assert list(known._hosts) == [f"{number}.example" for number in range(10, 20)]
+
+
+def test_a_host_is_forgotten_when_its_wish_is_over() -> None:
+    known, clock = hosts()
+    known.close("a.example", 5.0)
+    clock.now += 6
+    visit(known)
+    assert known._hosts == {}
 
 
 def test_a_host_gets_no_more_visits_at_once_than_allowed() -> None:

@@ -68,9 +68,8 @@ def test_buckets_store_the_nearest_shape() -> None:
 def test_pictures_are_turned_as_their_exif_says(image_format: str, value: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = value
-    body = picture(
-        (21, 13), image_format=image_format, exif=exif, **({"lossless": True} if image_format != "JPEG" else {})
-    )
+    options: dict[str, Any] = {} if image_format == "JPEG" else {"lossless": True}
+    body = picture((21, 13), "RGB", image_format, exif=exif, **options)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(body))).convert("RGB"), np.int16)
     ours = decode(body)[:, :, ::-1].astype(np.int16)
     assert ours.shape == upright.shape
