@@ -35,6 +35,7 @@ from sdtrain.run_dir import RunDir
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the page.")]
 GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one rank for each.")]
+Partition = Annotated[str | None, typer.Option(help="Partition.")]
 TimeLimit = Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="Time limit of one job; the next one goes on.")]
 MaxRequeues = Annotated[int | None, typer.Option(min=0, help="How often the job may be requeued.")]
 ModeOption = Annotated[Mode | None, typer.Option(help="One task per GPU (srun), or one agent per node (torchrun).")]
@@ -141,7 +142,7 @@ def slurm(
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
     gpus_per_node: GpusPerNode = None,
     time: TimeLimit = None,
-    partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
+    partition: Partition = None,
     account: Annotated[str | None, typer.Option(help="Account that is charged.")] = None,
     qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
     constraint: Annotated[str | None, typer.Option(help="Node features, as in h100&ib.")] = None,
@@ -205,6 +206,7 @@ def resume(
     nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes, if it shall be another.")] = None,
     gpus_per_node: GpusPerNode = None,
     time: TimeLimit = None,
+    partition: Partition = None,
     max_restarts: MaxRequeues = None,
     mode: ModeOption = None,
     site: SiteFile = None,
@@ -213,8 +215,8 @@ def resume(
     """Submit a run again, with its stored page and options; it goes on from its newest checkpoint."""
     read_status(run)  # refuses what is no run folder
     journal = Journal(RunDir(run))
-    changed = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "max_restarts": max_restarts, "mode": mode}
-    changed |= {"site": None if site is None else str(site.absolute())}
+    changed = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "partition": partition}
+    changed |= {"max_restarts": max_restarts, "mode": mode, "site": None if site is None else str(site.absolute())}
     again = resubmission(journal, {name: value for name, value in changed.items() if value is not None})
     with contextlib.chdir(again.folder):
         submit_run(Path(again.config), [*again.overrides, *(overrides or [])], again.options, dry_run=dry_run)

@@ -136,7 +136,7 @@ def resubmission(journal: Journal, changed: dict[str, Any]) -> Submission:
         changed: Options that win over those of then.
 
     Raises:
-        ConfigError: The run never was a job.
+        ConfigError: The run never was a job, or the folder that it was submitted from is gone.
     """
     run, submissions, newest = journal.run_dir, journal.submissions(), journal.newest_job()
     if newest is None or not (submissions or run.config.exists()):
@@ -145,6 +145,11 @@ def resubmission(journal: Journal, changed: dict[str, Any]) -> Submission:
             f"sdtrain-launch slurm {run.config} --nodes N --gpus-per-node G run_dir={run.path}"
         )
     last = submissions[-1] if submissions else _as_submitted(journal.starts()[-1])
+    if not Path(last.folder).is_dir():
+        raise ConfigError(
+            f"{run.path}: was submitted from {last.folder}, which is gone, and paths of its page may start there; go "
+            f"to where they do and submit it with: sdtrain-launch slurm {run.config} run_dir={run.path}"
+        )
     if not run.config.exists():
         return replace(last, options={**last.options, **changed})
     return Submission(

@@ -63,7 +63,8 @@ def read_status(run: Path) -> Status:
         ConfigError: `run` is not a run folder.
     """
     run_dir = RunDir(run)
-    known = (run_dir.config, run_dir.metrics, run_dir.ledger, run_dir.exit_file, run_dir.checkpoints)
+    journal = Journal(run_dir)
+    known = (run_dir.config, run_dir.metrics, run_dir.ledger, run_dir.exit_file, run_dir.checkpoints, journal.path)
     if not any(path.exists() for path in known):
         raise ConfigError(
             f"{run}: not a run folder (none of {', '.join(path.name for path in known)} is there); "
@@ -72,7 +73,7 @@ def read_status(run: Path) -> Status:
     names = sorted(checkpoint_names(run_dir), key=lambda name: int(name.removeprefix("step-")))
     rows = [row for row in read_json_lines(run_dir.metrics) if "step" in row]  # the others mark starts
     newest = run_dir.checkpoints / names[-1] if names else None
-    job = Journal(run_dir).newest_job()
+    job = journal.newest_job()
     return Status(
         run=run,
         exit=run_dir.read_exit(),

@@ -149,14 +149,23 @@ def test_a_run_has_one_job_at_a_time(journal: Journal, monkeypatch: pytest.Monke
 
 
 def test_a_resubmission_takes_the_stored_page_once_there_is_one(journal: Journal) -> None:
-    first = Submission("7", "/home/me", "train.yaml", ["seed=3"], {"nodes": 8, "gpus_per_node": 8, "mode": "srun"})
+    home = str(journal.run_dir.path)
+    first = Submission("7", home, "train.yaml", ["seed=3"], {"nodes": 8, "gpus_per_node": 8, "mode": "srun"})
     journal.add("submit", first)
     again = resubmission(journal, {"nodes": 4})
     assert (again.config, again.overrides, again.options["nodes"]) == ("train.yaml", ["seed=3"], 4)
     journal.run_dir.config.write_text("seed: 3\n")
     again = resubmission(journal, {})
     assert again.overrides == [f"run_dir={journal.run_dir.path}"]
-    assert (again.config, again.folder, again.options) == (str(journal.run_dir.config), "/home/me", first.options)
+    assert (again.config, again.folder, again.options) == (str(journal.run_dir.config), home, first.options)
+
+
+def test_a_resubmission_from_a_folder_that_is_gone(journal: Journal) -> None:
+    journal.add("submit", Submission("7", "/home/gone", "train.yaml", [], {}))
+    with pytest.raises(
+        ConfigError, match=r"was submitted from /home/gone, which is gone, .* submit it with: sdtrain-la"
+    ):
+        resubmission(journal, {})
 
 
 def test_a_job_that_was_submitted_by_hand_is_resubmitted(journal: Journal) -> None:

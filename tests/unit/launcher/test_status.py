@@ -104,6 +104,5 @@ def test_the_job_of_a_run(run, monkeypatch, queued, text):
 
 def test_a_run_is_read_without_slurm_too(run, monkeypatch):
     Journal(run).add("submit", Submission("17", "/home/me", "train.yaml", [], {}))
-    append_json_line(run.ledger, {"event": "start"})
     monkeypatch.setenv("PATH", "")
     assert "job         17: not known to a scheduler here" in render(read_status(run.path))

@@ -1,0 +1,138 @@
+"""torchrun on two hosts made of network namespaces, with a cable between them that is pulled in the middle.
+
+The hosts share this machine's disk, as nodes share a file system, and have names of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sdtrain.errors import ExitCode
+from sdtrain.run_dir import RunDir, read_json_lines
+from tests.slurm.cluster import REPOSITORY, wait_until
+from tests.support import tiny_page
+
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.long,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2"),
+]
+
+HANG_SECONDS = 8.0
+STEPS = 16
+
+CABLE = """
+set -e
+mount -t tmpfs hosts /run
+ip link add veth1 type veth peer name veth2
+for n in 1 2; do
+  ip netns add host$n
+  ip link set veth$n netns host$n
+  ip -n host$n address add 10.77.0.$n/24 dev veth$n
+  ip -n host$n link set veth$n up
+  ip -n host$n link set lo up
+done
+"""
+HOST = """
+hostname host$1
+export GLOO_SOCKET_IFNAME=veth$1 NODE_RANK=$(($1 - 1))
+shift
+exec "$@" --node-rank "$NODE_RANK"
+"""
+
+
+@dataclass
+class Hosts:
+    """Two hosts and what runs on them."""
+
+    holder: int
+    launchers: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def inside(self, *command: str) -> list[str]:
+        return ["nsenter", "--target", str(self.holder), "--net", "--mount", *command]
+
+    def cable(self, state: str) -> None:
+        subprocess.run(self.inside("ip", "-n", "host1", "link", "set", "veth1", state), check=True)
+
+    def launch(self, page: Path) -> None:
+        """`sdtrain-launch torchrun` on both."""
+        program = str(Path(sys.executable).with_name("sdtrain-launch"))
+        meeting = ("--nproc", "1", "--nnodes", "2", "--rdzv-endpoint", "10.77.0.1:29500")
+        for host in ("1", "2"):
+            named = ("ip", "netns", "exec", f"host{host}", "unshare", "--uts", "bash", "-c", HOST, "host", host)
+            command = self.inside(*named, program, "torchrun", str(page), *meeting)
+            pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+            self.launchers.append(subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, **pipes))
+
+    def lose_power(self, host: int) -> None:
+        """Everything on a host is gone at once, and nobody hears a word of it."""
+        launcher = psutil.Process(self.launchers[host - 1].pid)
+        for one in (launcher, *launcher.children(recursive=True)):
+            one.send_signal(signal.SIGKILL)
+
+    def end(self, seconds: float) -> list[int]:
+        """What the launchers return."""
+        deadline = time.monotonic() + seconds
+        codes = []
+        for launcher in self.launchers:
+            launcher.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            codes.append(launcher.returncode)
+        self.launchers.clear()
+        return codes
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    holder = subprocess.Popen(["unshare", "--net", "--mount", "sleep", "infinity"])
+    found = Hosts(holder.pid)
+    try:
+        wait_until(lambda: psutil.Process(holder.pid).name() == "sleep", 5, "the namespaces")
+        subprocess.run(found.inside("bash", "-c", CABLE), check=True)
+        yield found
+    finally:
+        for launcher in found.launchers:
+            launcher.terminate()
+            launcher.communicate(timeout=60)
+        holder.kill()
+        holder.wait()
+
+
+@pytest.mark.parametrize("what", ["cable", "power"])
+def test_a_host_is_lost_in_the_middle(hosts: Hosts, manifest: Path, tmp_path: Path, what: str) -> None:
+    """Within the hang limit all that is left ends with code 6 and the reason; then the run goes on."""
+    trainer = {"max_steps": STEPS, "timeout_seconds": 60.0, "hang_timeout_seconds": HANG_SECONDS}
+    page = tiny_page(tmp_path, manifest, data={"batch_size": 16}, trainer=trainer)
+    run = RunDir(tmp_path / "run")
+    hosts.launch(page)
+    wait_until(lambda: any(row.get("step") == 4 for row in read_json_lines(run.metrics)), 120, "step 4")
+    hosts.cable("down")
+    if what == "power":
+        hosts.lose_power(2)
+    codes = hosts.end(HANG_SECONDS + 40)
+    word = run.read_exit()
+    assert word is not None and word.code == ExitCode.HANG
+    if what == "power":
+        assert codes == [ExitCode.HANG, -signal.SIGKILL]
+        assert (word.rank, "rank 1 of 2 is silent: the node is gone" in word.reason) == (1, True), word
+    else:
+        assert codes == [ExitCode.HANG, ExitCode.HANG]
+        assert "all 2 ranks wait" in word.reason and "(network?)" in word.reason, word
+    hosts.cable("up")
+    hosts.launch(page)
+    assert hosts.end(150) == [0, 0]
+    word = run.read_exit()
+    assert word is not None and (word.code, word.step) == (0, STEPS)
+    starts = [row for row in run.ledger_rows() if row["event"] == "start"]
+    assert len(starts) == 2 and starts[1]["resumed_from"] is not None
