@@ -35,6 +35,7 @@ from sdtrain.config.ingestion import (
     FilterConfig,
     IngestionConfig,
     LaionSource,
+    RunnerConfig,
     ShardsSource,
     ValidationSplitConfig,
 )
@@ -54,6 +55,14 @@ OPEN = FilterConfig(
     max_pwatermark=None,
     nsfw=None,
 )
+
+
+@pytest.fixture(autouse=True)
+def _unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker prepares its process for good; here that is the tests' own process."""
+    monkeypatch.setattr("data_pipeline.stages.adopt.limit_memory", lambda extra_bytes: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**30))
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 40), kind: str = "JPEG", mode: str = "RGB") -> bytes:
@@ -370,12 +379,32 @@ def test_any_number_of_workers_gives_the_same_shards_and_manifest(tmp_path: Path
 # ------------------------------------------------------------------- beside img2dataset and the download, on loopback
 
 
-@pytest.mark.long
-def test_what_img2dataset_fetched_becomes_what_the_download_would_have_made(tmp_path: Path) -> None:
+def in_process_of_its_own(scenario: str, folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, __file__, str(tmp_path)]
+    command = [sys.executable, __file__, scenario, str(folder)]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.heavy
+def test_a_picture_beyond_the_memory_limit_costs_one_sample(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (7500, 7500), "red").save(stream, "PNG")
+    write_tar(tmp_path / "given/0.tar", [sample(0), sample(1) | {"jpg": stream.getvalue()}, sample(2)])
+    in_process_of_its_own("bomb", tmp_path)
+    summary = json.loads((tmp_path / "out/04-download/summary.json").read_text())
+    assert summary["reasons"] == {"success": 2, "out_of_memory": 1}
+
+
+def bomb(folder: Path) -> None:
+    """Adopt with 64 MiB to spare; the picture needs 169 MB."""
+    runner = RunnerConfig(memory_per_worker_bytes=64 << 20)
+    run(page(folder / "out", folder / "given", runner=runner, validation=ValidationSplitConfig(num_samples=0)))
+
+
+@pytest.mark.long
+def test_what_img2dataset_fetched_becomes_what_the_download_would_have_made(tmp_path: Path) -> None:
+    in_process_of_its_own("fetch_with_both", tmp_path)
     downloaded, adopted = samples_of(tmp_path / "download/04-download"), samples_of(tmp_path / "adopt/04-download")
     assert list(downloaded) == list(adopted) and len(adopted) == 11
     for key, fields in downloaded.items():
@@ -436,4 +465,4 @@ def fetch_with_both(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    fetch_with_both(Path(sys.argv[1]))
+    globals()[sys.argv[1]](Path(sys.argv[2]))
