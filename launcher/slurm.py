@@ -93,6 +93,9 @@ def render(job: Job, site: Site, run_dir: RunDir, folder: Path, page: Path, over
         folder: Where relative paths of the page start from.
         page: The page.
         overrides: `key=value` settings over it.
+
+    Raises:
+        ConfigError: The script to fill in is not installed.
     """
     lines = [f"#SBATCH {option}" for option in _options(job, site, run_dir, folder)]
     lines += [f"mode={job.mode}", f"max_restarts={job.max_restarts}", f"resume={shlex.quote(job.resume)}"]
@@ -102,7 +105,13 @@ def render(job: Job, site: Site, run_dir: RunDir, folder: Path, page: Path, over
     lines += [f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"]
     lines += [f"set -- {shlex.join([str(page), *overrides])}"]
     settings = "\n".join(lines) + "\n"
-    return _SETTINGS.sub(lambda _: settings, TEMPLATE.read_text(encoding="utf-8"))
+    try:
+        template = TEMPLATE.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{TEMPLATE} is not there: submit from an installation out of a checkout (make venv)"
+        ) from None
+    return _SETTINGS.sub(lambda _: settings, template)
 
 
 def _options(job: Job, site: Site, run_dir: RunDir, folder: Path) -> list[str]:

@@ -5,6 +5,8 @@ The tests without the mark `long` are the short form.
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +134,35 @@ def test_a_run_folder_of_one_node_is_not_submitted(new_run: NewRun, tmp_path: Pa
     site.write_text("gpus_per_node: 1\nshared_folders: [/dev]\npartition: nowhere\n")
     done = run.launch("slurm", str(run.page()), "--site", str(site), "run_dir=/dev/shm/sdtrain-run")
     assert "the cluster has no such partition" in done.stderr, "it got as far as this"
+
+
+@pytest.mark.long
+def test_a_process_that_is_left_is_named(tmp_path: Path) -> None:
+    """Processes that start.sh did not start are shown, not ended."""
+    (tmp_path / "pids").touch()
+    left = subprocess.Popen(["sleep", "100"], env={**os.environ, "SDTRAIN_LOCAL_CLUSTER": str(tmp_path)})
+    try:
+        stopped = subprocess.run([SCRIPTS / "stop.sh", tmp_path], capture_output=True, text=True)
+        assert stopped.returncode == 1
+        assert "stop.sh: still there:" in stopped.stderr and f"{left.pid}" in stopped.stderr
+        assert left.poll() is None
+    finally:
+        left.kill()
+        left.wait()
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path: Path) -> None:
+    for needed in ("bash", "env", "realpath", "id"):
+        (tmp_path / needed).symlink_to(shutil.which(needed) or needed)
+    script = (SCRIPTS / "start.sh").read_text().replace("/usr/sbin", "/nowhere")
+    (tmp_path / "start.sh").write_text(script)
+    command = [str(tmp_path / "bash"), str(tmp_path / "start.sh"), str(tmp_path / "cluster")]
+    started = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tmp_path)})
+    assert started.returncode == 9
+    assert started.stderr == (
+        "start.sh: slurmctld is missing; install Slurm with: "
+        "apt-get update && apt-get install --yes slurmctld slurmd slurm-client munge\n"
+    )
 
 
 def test_the_cluster_is_not_started_twice_and_nothing_stops_what_is_not_there(cluster: None, tmp_path: Path) -> None:

@@ -79,6 +79,12 @@ def test_everything_that_a_shell_could_misread_is_quoted(tmp_path: Path) -> None
     assert "export TMPDIR='/a b'\nexport TRITON_CACHE_DIR='/a b/sdtrain-cache/triton'\n" in script
 
 
+def test_an_installation_without_the_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("launcher.slurm.TEMPLATE", tmp_path / "train.sbatch")
+    with pytest.raises(ConfigError, match=r"train.sbatch is not there: submit from an installation out of a checkout"):
+        render(Job(1, 1, "01:00:00", "srun", 3, "auto", "n"), Site(), RunDir(tmp_path), tmp_path, Path("p.yaml"), [])
+
+
 def test_names_of_jobs() -> None:
     assert [job_name(name) for name in ("sd15-train", "a/b c", "")] == ["sd15-train", "a-b-c", "sdtrain"]
 
