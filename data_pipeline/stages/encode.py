@@ -19,8 +19,9 @@ from jaxtyping import Float, Float16, UInt8
 from data_pipeline.stage import Needs, Unit, Work, numbered_files, one_to_one
 from sdtrain.autoencoders.load import autoencoder_facts, load_autoencoder
 from sdtrain.config.ingestion import EncodeConfig
+from sdtrain.data.manifest import FLIPPED
 from sdtrain.data.shard import ShardReader, ShardWriter
-from sdtrain.errors import DataError
+from sdtrain.errors import ConfigError, DataError
 from sdtrain.run_dir import write_atomically
 
 if TYPE_CHECKING:
@@ -37,11 +38,13 @@ STD_RANGE = (0.8, 1.25)
 class EncodeStage:
     """One latent shard (`moments.npy`, `tokens.npy`, `txt`, `json`) for each image shard, same keys, same order.
 
+    Where the page asks for flips, shards to train on hold `moments_flipped.npy` too, of the mirrored pictures.
+
     Attributes:
         images: Folder of the image shards.
         tokens: Folder of the token shards.
         folder: Where the latent shards go.
-        settings: Autoencoder, batch size, precision and how many images are checked.
+        settings: Autoencoder, batch size, precision, compilation, flips and how many images are checked.
         num_gpus: GPUs of one worker; 0 encodes on the CPU.
     """
 
@@ -63,8 +66,10 @@ class EncodeStage:
         return {"autoencoder": autoencoder_facts(self.settings.autoencoder) | {"precision": self.settings.precision}}
 
     def config_facts(self) -> Mapping[str, Any]:
-        """Weights, precision and the batch size, which decides the kernels and so the last bits."""
-        return self.fingerprint() | self.settings.model_dump(mode="json", include={"batch_size", "check_samples"})
+        """Weights and precision; batch size and compilation decide the kernels and so the last bits."""
+        facts = self.fingerprint() | self.settings.model_dump(mode="json", include={"batch_size", "check_samples"})
+        chosen = {"compile": self.settings.compile, "flips": self.settings.flips}
+        return facts | {name: True for name, is_on in chosen.items() if is_on}
 
     def units(self) -> Sequence[Unit]:
         """One per image shard, with its token shard.
@@ -156,6 +161,8 @@ class Encoder:
         self._settings = settings
         self._device = torch.device("cuda" if on_gpu else "cpu")
         self._autoencoder: AutoencoderKL = load_autoencoder(settings.autoencoder).to(self._device).requires_grad_(False)
+        if settings.compile:
+            _compile(self._autoencoder)
 
     def encode_shard(self, images: ShardReader, tokens: ShardReader, writer: ShardWriter) -> dict[str, Any]:
         """Write every sample's moments beside its tokens, caption and facts; returns the unit's stats.
@@ -166,21 +173,32 @@ class Encoder:
         if images.keys != tokens.keys:
             raise DataError(f"{tokens.path}: holds other samples than {images.path}; run stage tokens again")
         figures: list[dict[str, float]] = []
-        splits: set[str] = set()
+        split = _split_of(images)
         for start, pixels in self._batches(images):
-            moments = self._moments(pixels)
-            stored = moments.astype(np.float16)
-            for offset, row in enumerate(stored):
+            stored = {"moments.npy": self._stored_moments(pixels, images, start)}
+            if self._settings.flips and split == "train":
+                mirrored = np.ascontiguousarray(pixels[..., ::-1])
+                stored[FLIPPED["moments.npy"]] = self._stored_moments(mirrored, images, start)
+            for offset in range(len(pixels)):
                 sample = start + offset
-                _check_finite(row, images, sample)
-                facts = images.decode(sample, "json")
-                splits.add(facts["split"])
-                fields = {"moments.npy": row, "tokens.npy": tokens.read(sample, "tokens.npy")}
-                writer.write(images.keys[sample], {**fields, "txt": images.read(sample, "txt"), "json": facts})
-            figures += self._figures(pixels, stored, start)
-        if len(splits) > 1:
-            raise DataError(f"{images.path}: holds splits {sorted(splits)}; a shard belongs to exactly one")
+                fields: dict[str, Any] = {name: moments[offset] for name, moments in stored.items()}
+                fields |= {name: images.read(sample, name) for name in ("txt", "json")}
+                writer.write(images.keys[sample], fields | {"tokens.npy": tokens.read(sample, "tokens.npy")})
+            figures += self._figures(pixels, stored["moments.npy"], start)
         return _stats(figures)
+
+    def _stored_moments(
+        self, pixels: UInt8[np.ndarray, "batch 3 height width"], images: ShardReader, start: int
+    ) -> Float16[np.ndarray, "batch moments h w"]:
+        """Moments as they are stored.
+
+        Raises:
+            DataError: Some are not finite in float16.
+        """
+        stored = self._moments(pixels).astype(np.float16)
+        for offset, row in enumerate(stored):
+            _check_finite(row, images, start + offset)
+        return stored
 
     def _batches(self, images: ShardReader) -> Iterator[tuple[int, UInt8[np.ndarray, "batch 3 height width"]]]:
         """Consecutive samples, with the position of the first."""
@@ -231,6 +249,8 @@ class Encoder:
         """Per sample: mean and mean square of scaled latents over the posterior, and the error of the decoded mean."""
         import torch
 
+        from sdtrain.nn.compilation import eagerly
+
         autoencoder = self._autoencoder
         moments = torch.from_numpy(stored).to(self._device).float()
         log_variance = moments.chunk(2, dim=1)[1]
@@ -242,10 +262,37 @@ class Encoder:
                 for mean, square in zip(scaled.mean((1, 2, 3)), (scaled**2 + spread).mean((1, 2, 3)), strict=True)
             ]
             for row in range(min(len(pixels), self._settings.check_samples - start)):
-                decoded = autoencoder.decode(autoencoder.posterior_mean(moments[row : row + 1])).float()
+                with eagerly():  # one picture of another size than a batch's is not worth a compilation
+                    decoded = autoencoder.decode(autoencoder.posterior_mean(moments[row : row + 1])).float()
                 error = (decoded.clamp(-1, 1) - self._images(pixels[row : row + 1])).square().mean()
                 figures[row]["squared_error"] = float(error)
         return figures
+
+
+def _compile(autoencoder: AutoencoderKL) -> None:
+    """Compile the encoder's blocks, one variant per size of pictures; what is decoded for the check runs as written.
+
+    Raises:
+        ConfigError: This machine has no compiler.
+    """
+    from sdtrain.nn.compilation import compile_blocks
+
+    try:
+        compile_blocks(autoencoder)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("trainer.compile", "encode.compile")) from error
+
+
+def _split_of(images: ShardReader) -> str | None:
+    """The split of a shard; None without samples.
+
+    Raises:
+        DataError: It has several.
+    """
+    splits = {images.decode(sample, "json")["split"] for sample in range(len(images))}
+    if len(splits) > 1:
+        raise DataError(f"{images.path}: holds splits {sorted(splits)}; a shard belongs to exactly one")
+    return next(iter(splits), None)
 
 
 def _check_finite(moments: Float16[np.ndarray, "moments h w"], images: ShardReader, sample: int) -> None:

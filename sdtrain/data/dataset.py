@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from sdtrain.data.lru import Lru
-from sdtrain.data.manifest import Manifest
+from sdtrain.data.manifest import FLIPPED, Manifest
 from sdtrain.data.plan import BucketedOrder, Order
 from sdtrain.data.prefetch import Prefetcher
 from sdtrain.data.ram_cache import RamCache
@@ -28,6 +28,9 @@ FIELD_TYPES: Mapping[str, type[np.generic]] = {
     "attributes": np.int8,
 }
 """What a field of a batch is made of, by its name in the batch."""
+
+FLIP_DRAW = "flip"
+"""Random stream that says which of the two a sample is read from."""
 
 MAX_OPEN_SHARDS = 64
 READ_RETRIES = 6
@@ -55,6 +58,7 @@ class Sample:
         fields: Name in the batch -> array; zeros for a tombstone.
         normals: Name -> float32 standard normal draw.
         uniforms: Name -> draw in [0, 1).
+        is_flipped: Whether the fields of the mirrored picture are read, where the shards hold them.
         weight: 1, or 0 for a tombstone.
         error: Why the sample is a tombstone; None for a sample that was read or was taken down.
     """
@@ -64,6 +68,7 @@ class Sample:
     fields: dict[str, np.ndarray[Any, np.dtype[Any]]]
     normals: dict[str, np.ndarray[Any, np.dtype[np.float32]]]
     uniforms: dict[str, float]
+    is_flipped: bool = False
     weight: float = 1.0
     error: Tombstone | None = None
 
@@ -97,7 +102,8 @@ class ShardDataset(Dataset[Sample]):
     server, a stale handle, a copy that is not complete yet) is opened anew and waited for, for a bounded time; once
     that was in vain it is only looked at, one time a sample, until it is back. A sample that cannot be read becomes a
     tombstone (zeros, weight 0) and never moves another one; keys on the take-down list become tombstones as well, but
-    are no errors. Shards of object storage are read from the node's cache, a window ahead of what is needed.
+    are no errors. Shards of object storage are read from the node's cache, a window ahead of what is needed. Where the
+    split's shards hold a field of the mirrored pictures too, every other sample by its own draw is read from that one.
 
     Args:
         manifest: The manifest; its take-down list is read once, here.
@@ -112,7 +118,8 @@ class ShardDataset(Dataset[Sample]):
         ram_cache_bytes: Decoded samples that each process keeps in memory.
 
     Raises:
-        DataError: The split lacks a field or its shape, or the order is of another number of samples.
+        DataError: The split lacks a field or its shape, only some of its shards hold mirrored pictures, or the order is
+            of another number of samples.
         ValueError: An unknown name in `fields`, or two draws of one name.
     """
 
@@ -137,6 +144,7 @@ class ShardDataset(Dataset[Sample]):
         self._shapes = {
             bucket: _field_shapes(manifest, split, bucket, self._fields) for bucket in manifest.buckets(split)
         }
+        self._flipped = _flipped_fields(manifest, split, self._fields)
         self._seed = seed
         self._draws = draws
         self._draw_shapes = {bucket: draws.shapes_for(shapes) for bucket, shapes in self._shapes.items()}
@@ -145,7 +153,7 @@ class ShardDataset(Dataset[Sample]):
         self._waits = retry_waits(read_retries)
         self._ram_cache_bytes = ram_cache_bytes
         self._process: _Process | None = None
-        _check_draws(draws)
+        _check_draws(draws, [FLIP_DRAW] if self._flipped else [])
         if self.manifest.num_samples(split) != order.num_samples:
             raise DataError(
                 f"{manifest.path}: split {split!r} has {self.manifest.num_samples(split)} samples, "
@@ -165,6 +173,7 @@ class ShardDataset(Dataset[Sample]):
             fields={},
             normals={name: normals(self._seed, name, position, shape) for name, shape in shapes.items()},
             uniforms={name: float(uniforms(self._seed, name, position)[0]) for name in self._draws.uniforms},
+            is_flipped=bool(self._flipped) and float(uniforms(self._seed, FLIP_DRAW, position)[0]) < 0.5,
         )
         self._look_ahead(position)
         try:
@@ -214,7 +223,7 @@ class ShardDataset(Dataset[Sample]):
 
     def _read(self, sample: Sample, shard: int, place: int) -> None:
         mine = self._mine()
-        kept = mine.memory.get(shard, place)
+        kept = mine.memory.get(shard, place, sample.is_flipped)
         if kept is not None:
             sample.key, sample.fields = kept[0], dict(kept[1])
             return
@@ -225,9 +234,9 @@ class ShardDataset(Dataset[Sample]):
         if sample.key in self._taken_down:
             self._bury(sample, shard)
             return
-        for name, stored in self._fields.items():
+        for name, stored in (self._fields | self._flipped if sample.is_flipped else self._fields).items():
             sample.fields[name] = self._decode(reader, shard, place, name, stored)
-        mine.memory.put(shard, place, sample.key, sample.fields)
+        mine.memory.put(shard, place, sample.is_flipped, sample.key, sample.fields)
 
     def _decode(
         self, reader: ShardReader, shard: int, place: int, name: str, stored: str
@@ -321,8 +330,19 @@ def _check_present(manifest: Manifest, split: str, bucket: str | None, stored: s
             raise DataError(f"{manifest.path}: shard {shard.path} has no field {stored!r}; it has {list(shard.fields)}")
 
 
-def _check_draws(draws: DrawSpec) -> None:
-    names = [*draws.normals, *draws.uniforms]
+def _flipped_fields(manifest: Manifest, split: str, fields: Mapping[str, str]) -> dict[str, str]:
+    """Name in the batch -> stored field of the mirrored picture, for those that the split's shards hold."""
+    pairs = {name: FLIPPED[stored] for name, stored in fields.items() if stored in FLIPPED}
+    held = {name for shard in manifest.split(split) for name in shard.fields if shard.num_samples}
+    flipped = {name: stored for name, stored in pairs.items() if stored in held}
+    for stored in flipped.values():
+        for bucket in manifest.buckets(split):
+            _check_present(manifest, split, bucket, stored)
+    return flipped
+
+
+def _check_draws(draws: DrawSpec, own: list[str]) -> None:
+    names = [*draws.normals, *draws.uniforms, *own]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"draws {twice} are named twice; equal names would be equal random numbers")

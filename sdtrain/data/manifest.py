@@ -21,6 +21,9 @@ from sdtrain.errors import DataError
 from sdtrain.run_dir import write_atomically
 
 MANIFEST_VERSION = 1
+FLIPPED: Mapping[str, str] = {"moments.npy": "moments_flipped.npy"}
+"""A stored field -> the same of the mirrored picture, which shards may hold beside it."""
+
 _ABSENT = "absent"
 _BUCKET = re.compile(r"[A-Za-z0-9._-]+")
 _SIDECAR_SHARE = 20  # a sidecar is smaller than this part of its tar

@@ -26,23 +26,23 @@ class RamCache:
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
-        self._samples: dict[tuple[int, int], tuple[str, Fields]] = {}
+        self._samples: dict[tuple[int, int, bool], tuple[str, Fields]] = {}
         self.used_bytes = 0
         self.hits = 0
         self.misses = 0
 
-    def get(self, shard: int, sample: int) -> tuple[str, Fields] | None:
-        """Key and fields of a sample, or None."""
-        found = self._samples.get((shard, sample))
+    def get(self, shard: int, sample: int, is_flipped: bool) -> tuple[str, Fields] | None:
+        """Key and fields of a sample, or None; the mirrored picture is another sample."""
+        found = self._samples.get((shard, sample, is_flipped))
         if found is None:
             self.misses += 1
         else:
             self.hits += 1
         return found
 
-    def put(self, shard: int, sample: int, key: str, fields: Fields) -> None:
+    def put(self, shard: int, sample: int, is_flipped: bool, key: str, fields: Fields) -> None:
         """Keep a sample, if there is room; its arrays must not be changed afterwards."""
         size = sum(array.nbytes for array in fields.values()) + _OVERHEAD_BYTES
         if self.used_bytes + size <= self._capacity_bytes:
-            self._samples[shard, sample] = (key, dict(fields))
+            self._samples[shard, sample, is_flipped] = (key, dict(fields))
             self.used_bytes += size

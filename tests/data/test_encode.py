@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jaxtyping import Float32
 from PIL import Image
 from rich.console import Console
 
@@ -47,6 +48,13 @@ def jpeg(seed: int, size: tuple[int, int] = (SIZE, SIZE)) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG", quality=95)
+    return stream.getvalue()
+
+
+def png(seed: int, *, mirrored: bool = False) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels[:, ::-1] if mirrored else pixels).save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -232,17 +240,73 @@ def test_moments_beyond_float16_are_refused(tmp_path: Path, autoencoder: Path) -
         run(tmp_path, stage_for(tmp_path, autoencoder))
 
 
-def test_half_precision_computes_close_to_full(tmp_path: Path, autoencoder: Path) -> None:
-    images = [jpeg(seed) for seed in range(2)]
+def moments_of(shard: Path, field: str = "moments.npy") -> Float32[np.ndarray, "samples moments h w"]:
+    with ShardReader(shard) as reader:
+        return np.stack([reader.decode(sample, field) for sample in range(len(reader))]).astype(np.float32)
+
+
+def close(found: Float32[np.ndarray, "*shape"], expected: Float32[np.ndarray, "*shape"], share: float) -> bool:
+    return bool(np.linalg.norm(found - expected) < share * np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize(("precision", "share"), [("bf16", 0.03), ("fp16", 0.004)])
+def test_half_precision_computes_close_to_full(tmp_path: Path, autoencoder: Path, precision: str, share: float) -> None:
     read = {}
-    for precision in ("fp32", "bf16"):
-        folder = tmp_path / precision
-        write_shards(folder, 0, images)
-        run(folder, stage_for(folder, autoencoder, precision=precision))
-        with ShardReader(folder / "latents" / "00000.tar") as reader:
-            read[precision] = np.stack([reader.decode(sample, "moments.npy") for sample in range(2)]).astype(np.float32)
-    assert not np.array_equal(read["fp32"], read["bf16"])
-    assert np.linalg.norm(read["fp32"] - read["bf16"]) < 0.03 * np.linalg.norm(read["fp32"])
+    for name in ("fp32", precision):
+        folder = tmp_path / name
+        write_shards(folder, 0, [jpeg(seed) for seed in range(2)])
+        run(folder, stage_for(folder, autoencoder, precision=name))
+        read[name] = moments_of(folder / "latents" / "00000.tar")
+    assert not np.array_equal(read["fp32"], read[precision])
+    assert close(read[precision], read["fp32"], share)
+
+
+def test_flips_are_the_moments_of_the_mirrored_pictures_where_there_is_training(
+    tmp_path: Path, autoencoder: Path
+) -> None:
+    pngs = [png(seed) for seed in range(6)]  # JPEG of a mirrored picture is no mirrored JPEG
+    write_shards(tmp_path, 0, pngs)
+    write_shards(tmp_path, 1, pngs, ["validation"] * 6)
+    run(tmp_path, stage_for(tmp_path, autoencoder, flips=True))
+    write_shards(tmp_path / "mirrored", 0, [png(seed, mirrored=True) for seed in range(6)])
+    write_shards(tmp_path / "plain", 0, pngs)
+    for name in ("mirrored", "plain"):
+        run(tmp_path / name, stage_for(tmp_path / name, autoencoder))
+    train, mirrored = tmp_path / "latents/00000.tar", tmp_path / "mirrored/latents/00000.tar"
+    np.testing.assert_array_equal(moments_of(train, "moments_flipped.npy"), moments_of(mirrored))
+    np.testing.assert_array_equal(moments_of(train), moments_of(tmp_path / "plain/latents/00000.tar"))
+    assert not close(moments_of(train), moments_of(mirrored), 0.1)
+    with ShardReader(tmp_path / "latents/00001.tar") as validation:
+        assert validation.fields == ["json", "moments.npy", "tokens.npy", "txt"]
+
+
+def test_flips_and_compilation_are_facts_only_where_they_are_asked_for(tmp_path: Path, autoencoder: Path) -> None:
+    plain = stage_for(tmp_path, autoencoder).config_facts()
+    assert set(plain) == {"autoencoder", "batch_size", "check_samples"}
+    changed = stage_for(tmp_path, autoencoder, flips=True, compile=True).config_facts()
+    assert changed == plain | {"flips": True, "compile": True}
+
+
+def test_without_a_compiler_the_key_is_named(
+    tmp_path: Path, autoencoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"encode.compile needs g\+\+ to compile .* or set encode.compile: false"):
+        Encoder(stage_for(tmp_path, autoencoder, compile=True).settings, on_gpu=False)
+
+
+@pytest.mark.heavy
+@pytest.mark.long
+def test_a_compiled_encoder_computes_the_same_for_every_size_of_pictures(tmp_path: Path, autoencoder: Path) -> None:
+    for name, compiled in (("plain", False), ("compiled", True), ("again", True)):
+        for index, size in enumerate([(16, 16), (24, 16), (16, 24)]):
+            write_shards(tmp_path / name, index, [jpeg(seed, size) for seed in range(3)])
+        run(tmp_path / name, stage_for(tmp_path / name, autoencoder, compile=compiled))
+    for index in range(3):
+        shards = [tmp_path / name / "latents" / f"{index:05d}.tar" for name in ("plain", "compiled", "again")]
+        assert close(moments_of(shards[1]), moments_of(shards[0]), 1e-3)
+        assert shards[1].read_bytes() == shards[2].read_bytes()
 
 
 def test_the_fingerprint_names_weights_and_scale(tmp_path: Path, autoencoder: Path) -> None:

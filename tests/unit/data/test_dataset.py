@@ -280,6 +280,65 @@ def test_wrong_set_ups_are_refused(manifest: Manifest, tmp_path: Path):
         make(manifest, order=other)
 
 
+def write_flips(folder: Path, shards_with: int = 3) -> Manifest:
+    """Shards whose moments hold their number, and those of the mirrored pictures the number below zero."""
+    entries = []
+    for shard in range(3):
+        with ShardWriter(folder / f"{shard}.tar") as writer:
+            for number in range(shard * 20, shard * 20 + 20):
+                fields = {"moments.npy": np.full((8, 2, 2), number + 1, np.float16)}
+                if shard < shards_with:
+                    fields["moments_flipped.npy"] = -fields["moments.npy"]
+                writer.write(f"k{number}", fields)
+        entries.append(describe_shard(folder / f"{shard}.tar", split="train", folder=folder))
+    return write_manifest(folder / "manifest.json", entries, fingerprint={})
+
+
+def read_flips(manifest: Manifest, seed: int = 7, ram_cache_bytes: int = 0, draws: DrawSpec = DRAWS) -> list[Sample]:
+    order = order_of(manifest, "train", seed=1, window_shards=2)
+    dataset = ShardDataset(
+        manifest=manifest,
+        split="train",
+        fields={"moments": "moments.npy"},
+        order=order,
+        seed=seed,
+        draws=draws,
+        ram_cache_bytes=ram_cache_bytes,
+    )
+    samples = [dataset[position] for position in range(4 * len(dataset))]
+    dataset.close()
+    return samples
+
+
+@pytest.mark.parametrize("ram_cache_bytes", [0, 2**20])
+def test_each_sample_is_read_mirrored_or_not_by_its_own_draw(tmp_path: Path, ram_cache_bytes: int):
+    samples = read_flips(write_flips(tmp_path), ram_cache_bytes=ram_cache_bytes)
+    for sample in samples:
+        number = int(sample.key[1:]) + 1
+        is_flipped = uniforms(7, "flip", sample.position)[0] < 0.5
+        assert sample.is_flipped == is_flipped
+        assert (sample.fields["moments"] == (-number if is_flipped else number)).all()
+    assert 80 < sum(sample.is_flipped for sample in samples) < 160, "of 240"
+    assert len({(sample.key, sample.is_flipped) for sample in samples}) > 100, "both of nearly every picture"
+
+
+def test_shards_without_mirrored_pictures_are_read_as_they_are(tmp_path: Path):
+    samples = read_flips(write_flips(tmp_path, shards_with=0))
+    assert not any(sample.is_flipped for sample in samples)
+    assert all((sample.fields["moments"] > 0).all() for sample in samples)
+
+
+def test_shards_hold_mirrored_pictures_all_or_none(tmp_path: Path):
+    with pytest.raises(DataError, match=r"shard 2.tar has no field 'moments_flipped.npy'; it has \['moments.npy'\]"):
+        read_flips(write_flips(tmp_path, shards_with=2))
+
+
+def test_a_draw_of_the_task_cannot_be_the_one_of_flips(tmp_path: Path):
+    manifest = write_flips(tmp_path)
+    with pytest.raises(ValueError, match=r"draws \['flip'\] are named twice"):
+        read_flips(manifest, draws=DrawSpec(uniforms=("flip",)))
+
+
 def test_every_half_is_known_to_be_finite_or_not():
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     found = [dataset_module._is_finite(halves[number : number + 1]) for number in range(2**16)]
