@@ -24,6 +24,8 @@ from data_pipeline.ledger import Ledger
 from tests.data.ground import DOWNLOAD, Ended, Grounds, Run
 from tests.data.test_transport import enter_namespace
 
+UNTIL = ("--until", "images")
+
 
 @pytest.mark.long
 def test_in_a_namespace(tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def check_tokens(run: Run, address: str, folder: Path) -> None:
 def kill_a_node(cluster: Any, run: Run, address: str, yardstick: Ended) -> None:
     """A run over both nodes, of which one is gone after some downloads."""
     with open(run.folder / "driver.log", "a") as log:
-        driver = subprocess.Popen(command_of(run, address), stdout=log, stderr=log)
+        driver = subprocess.Popen(command_of(run, address, *UNTIL), stdout=log, stderr=log)
         deadline = time.monotonic() + 240
         while len(Ledger(run.output / DOWNLOAD).commits()) < 3:
             assert time.monotonic() < deadline and driver.poll() is None, run.tail()
@@ -114,7 +116,7 @@ def main(folder: Path) -> None:
     token.chmod(0o600)
     with Grounds(folder).served() as grounds:
         first = grounds.run()
-        assert first.finish() == 0, first.tail()
+        assert first.finish(*UNTIL) == 0, first.tail()
         yardstick = first.end()
         print("the yardstick stands", flush=True)
         with two_nodes(token) as cluster:
