@@ -287,7 +287,10 @@ def _check_type(found: pa.DataType, ours: str, theirs: str, source: str) -> None
     is_text = pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_binary(found)
     is_number = pa.types.is_integer(found) or pa.types.is_floating(found)
     if not (pa.types.is_null(found) or (is_text if kind == "text" else is_number)):
-        raise DataError(f"{source}: column {theirs} has type {found}, but {ours} must be {_KIND_WORDS[kind]}")
+        raise DataError(
+            f"{source}: column {theirs} has type {found}, but {ours} must be {_KIND_WORDS[kind]}; convert the column, or "
+            f"name another one with source.columns: {{{ours}: ...}}"
+        )
 
 
 _KIND_WORDS = {"text": "text", "number": "a number", "integer": "a whole number"}
