@@ -61,7 +61,7 @@ def call(*arguments: object) -> int:
     return int(caught.value.code or 0)
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "status", "serve-digits"])
+@pytest.mark.parametrize("command", ["run", "plan", "status", "serve-digits", "takedown", "card", "export"])
 def test_every_help_has_an_example(command, capsys):
     assert call(command, "--help") == 0
     assert f"Example: sdtrain-data {command} " in capsys.readouterr().out
