@@ -31,6 +31,7 @@ MAX_LINE_BYTES = 8192
 MAX_LIST_BYTES = 2**30
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
 _SUPERSEDED = ".superseded-"
 _SIDECAR = ".tar.index.json"
 _HEAD_BYTES = 4096
@@ -270,6 +271,12 @@ def take_down(
 
 def _all_manifests(manifests: Sequence[Path], roots: Sequence[Path]) -> list[Path]:
     """The manifests that were named, with those beside them, and those below the roots."""
+    for path in (*manifests, *roots):
+        if _URL.match(str(path)):
+            raise ConfigError(
+                f"{path}: manifests on object storage cannot be searched; run this where the data set's folder is on "
+                f"disk, and copy the {TAKEDOWN} that it writes beside the manifest there"
+            )
     beside = [Path(manifest) for manifest in manifests]
     for path in beside:
         Manifest.load(path)  # what was named must be one, whatever lies beside it

@@ -207,6 +207,11 @@ def test_wrong_places_are_named(data: Path, tmp_path: Path, capsys) -> None:
         (("--root", tmp_path / "none"), 3, f"{tmp_path / 'none'}: no such folder"),
         (("--root", data / "images"), 3, f"{data / 'images'}: holds no manifest of a data set"),
         (("--manifest", path), 3, f"{path}: the manifest is not JSON"),
+        (
+            ("--manifest", "s3://bucket/manifest.json"),
+            2,
+            "manifests on object storage cannot be searched; run this where",
+        ),
     ):
         assert call("takedown", path, *arguments) == code
         assert text in capsys.readouterr().err
