@@ -120,6 +120,11 @@ CONFIGS = Path(__file__).parents[3] / "configs/sd15"
         ),
         (
             "data",
+            ["download.contact=me", "content_dedup={by: bytes, radius: 2}"],
+            "content_dedup.radius has no effect: content_dedup.by is bytes",
+        ),
+        (
+            "data",
             ["download.contact=me", "download.allow_loopback=true"],
             "download.allow_loopback is true: URLs of this machine are fetched; for tests and the demo only",
         ),
