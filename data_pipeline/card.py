@@ -22,7 +22,7 @@ from data_pipeline.stage import Stage
 from sdtrain.config.ingestion import IngestionConfig
 from sdtrain.data.captions import clean_caption
 from sdtrain.data.manifest import Manifest
-from sdtrain.errors import DataError
+from sdtrain.errors import DataError, StorageError
 from sdtrain.run_dir import write_atomically
 
 CARD_VERSION = 1
@@ -67,6 +67,7 @@ def write_card(page: IngestionConfig, stages: Sequence[Stage]) -> Path:
 
     Raises:
         DataError: There is no manifest yet.
+        StorageError: The folder cannot be written to.
     """
     if not (page.output / MANIFESTS[0]).is_file():
         raise DataError(
@@ -113,8 +114,14 @@ def bring_up_to_date(folder: Path) -> None:
 
 def _write(folder: Path, card: Mapping[str, Any]) -> Path:
     text = json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False)
-    write_atomically(folder / JSON_NAME, text + "\n")
-    write_atomically(folder / MARKDOWN_NAME, to_markdown(json.loads(text)))  # the order of keys is part of the text
+    try:
+        write_atomically(folder / JSON_NAME, text + "\n")
+        write_atomically(folder / MARKDOWN_NAME, to_markdown(json.loads(text)))  # the order of keys is part of the text
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: the data card cannot be written: {error.strerror}; the data set is complete, make room or the "
+            "folder writable and write it with `sdtrain-data card CONFIG`"
+        ) from error
     return folder / MARKDOWN_NAME
 
 

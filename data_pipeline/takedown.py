@@ -116,7 +116,7 @@ def find_manifests(folders: Iterable[Path], *, recursive: bool) -> list[Path]:
     """The manifests in folders, sorted; those that were superseded are left out, since their shards were replaced.
 
     Raises:
-        DataError: A folder is not there, or there is no manifest.
+        DataError: A folder is not there, a file cannot be looked at, or there is no manifest.
     """
     found: set[Path] = set()
     for folder in folders:
@@ -132,9 +132,13 @@ def find_manifests(folders: Iterable[Path], *, recursive: bool) -> list[Path]:
 def _looks_like_one(path: Path) -> bool:
     if path.name.startswith(".") or path.name.endswith(_SIDECAR) or _SUPERSEDED in path.name:
         return False
-    with open(path, "rb") as file:
-        head = file.read(_HEAD_BYTES)
-    return b'"field_shapes"' in head
+    try:
+        with open(path, "rb") as file:
+            return b'"field_shapes"' in file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be looked at: {error.strerror}; it might be a manifest, so make it readable or remove it"
+        ) from error
 
 
 @dataclass

@@ -19,7 +19,7 @@ from typing import Any, TypedDict
 
 from sdtrain.data.shard import ShardUnavailableError
 from sdtrain.data.storage import Location, read_beside
-from sdtrain.errors import DataError
+from sdtrain.errors import DataError, StorageError
 from sdtrain.run_dir import write_atomically
 
 TAKEDOWN = "takedown.json"
@@ -164,9 +164,17 @@ def append_entry(manifest: Path, entry: Entry) -> Takedown:
 
     Raises:
         DataError: What stands there is no take-down list.
+        StorageError: The folder cannot be written to.
     """
-    with open(manifest.with_name(f".{TAKEDOWN}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        grown = Takedown((*read_takedown(manifest).entries, entry))
-        write_atomically(manifest.with_name(TAKEDOWN), grown.to_json())
+    path = manifest.with_name(TAKEDOWN)
+    try:
+        with open(path.with_name(f".{TAKEDOWN}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            grown = Takedown((*read_takedown(manifest).entries, entry))
+            write_atomically(path, grown.to_json())
+    except OSError as error:
+        raise StorageError(
+            f"{path}: the take-down list cannot be written: {error.strerror}; nothing was masked here: make the folder "
+            "writable and run again"
+        ) from error
     return grown

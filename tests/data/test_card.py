@@ -141,6 +141,16 @@ def test_a_damaged_card_is_named_and_the_samples_are_masked_all_the_same(page: P
     assert Manifest.load(out / "manifest.json").takedown.sha256 is not None
 
 
+def test_a_card_that_cannot_be_written_is_said_so(page: Path, capsys) -> None:
+    out = page.parent / "out"
+    (out / MARKDOWN_NAME).unlink()
+    (out / MARKDOWN_NAME).mkdir()
+    assert call("card", page) == 8
+    assert (
+        f"{out}: the data card cannot be written: Is a directory; the data set is complete" in capsys.readouterr().err
+    )
+
+
 HOSTILE = (
     "<script>alert(1)</script>",
     "[click](javascript:alert(1)) ![x](http://evil/x.png)",

@@ -219,6 +219,16 @@ def test_wrong_places_are_named(data: Path, tmp_path: Path, capsys) -> None:
     assert "none.txt: the take-down list cannot be read: No such file or directory" in capsys.readouterr().err
 
 
+def test_folders_that_cannot_be_used_are_named(data: Path, tmp_path: Path, capsys) -> None:
+    path = write_list(tmp_path, key(0))
+    (data / ".takedown.json.lock").mkdir()
+    assert call("takedown", path, "--root", data) == 8
+    assert f"{data / 'takedown.json'}: the take-down list cannot be written: Is a directory" in capsys.readouterr().err
+    (data / "dangling.json").symlink_to(data / "none")
+    assert call("takedown", path, "--root", data) == 3
+    assert f"{data / 'dangling.json'}: cannot be looked at: No such file or directory" in capsys.readouterr().err
+
+
 def test_what_cannot_be_looked_into_is_listed_and_the_rest_is_masked(data: Path, tmp_path: Path, capsys) -> None:
     (data / "images" / "00002.tar").unlink()
     assert call("takedown", write_list(tmp_path, url(0), url(9)), "--root", data) == 3
