@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -285,34 +286,49 @@ def _adopt_part(unit: Unit, folder: Path, tables: Path, taker: _Taker) -> dict[s
 
 def _pictures(part: Part, tables: Path) -> Iterator[tuple[dict[str, Any], dict[str, str], bytes]]:
     """Of each row its columns, where it comes from, and the picture's file."""
-    number, handle, places, source = -1, -1, {}, ""
-    try:
-        for row in pq.read_table(part.path).to_pylist():
-            tar, place = row["sample_id"] >> _TAR_SHIFT, row["sample_id"] & ((1 << _TAR_SHIFT) - 1)
-            if tar != number:
-                if handle >= 0:
-                    os.close(handle)
-                number, (handle, places, source) = tar, _open_tar(tables, tar)
-            body = read_member(handle, Place(places["tar_offset"][place], places["tar_size"][place]), Path(source))
-            yield row, {"shard": source.rpartition("/")[2], "key": places["tar_key"][place]}, body
-    finally:
-        if handle >= 0:
-            os.close(handle)
+    rows = pq.read_table(part.path).to_pylist()
+    for number, group in groupby(rows, key=lambda row: row["sample_id"] >> _TAR_SHIFT):
+        with _Tar(tables, number) as tar:
+            for row in group:
+                place = row["sample_id"] & ((1 << _TAR_SHIFT) - 1)
+                yield row, tar.origin(place), tar.read(place)
 
 
-def _open_tar(tables: Path, number: int) -> tuple[int, dict[str, list[Any]], str]:
-    """A tar, where its pictures lie by row of its table, and what messages call it.
+class _Tar:
+    """A tar whose samples are known from its table.
+
+    Args:
+        tables: Folder of the tables and cards.
+        number: Of the tar.
 
     Raises:
         DataError: It is no longer there.
     """
-    card = json.loads((tables / f"{number:05d}.json").read_text(encoding="utf-8"))
-    names = ["tar_key", "tar_offset", "tar_size"]
-    places = pq.read_table(tables / card["file"], columns=names).to_pydict()
-    try:
-        return os.open(tables / card["tar"], os.O_RDONLY), places, card["source"]
-    except OSError as error:
-        raise DataError(
-            f"{card['source']}: cannot be opened ({error.strerror}); shards must stay where they are until stage adopt "
-            "is done"
-        ) from None
+
+    def __init__(self, tables: Path, number: int):
+        card = json.loads((tables / f"{number:05d}.json").read_text(encoding="utf-8"))
+        names = ["tar_key", "tar_offset", "tar_size"]
+        self._path, self._source = tables / card["tar"], card["source"]
+        self._places = pq.read_table(tables / card["file"], columns=names).to_pydict()
+        try:
+            self._handle = os.open(self._path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(
+                f"{self._source}: cannot be opened ({error.strerror}); shards must stay where they are until stage "
+                "adopt is done"
+            ) from None
+
+    def origin(self, row: int) -> dict[str, str]:
+        """Where a sample was found."""
+        return {"shard": self._source.rpartition("/")[2], "key": self._places["tar_key"][row]}
+
+    def read(self, row: int) -> bytes:
+        """The picture of a row of the table."""
+        place = Place(self._places["tar_offset"][row], self._places["tar_size"][row])
+        return read_member(self._handle, place, self._path)
+
+    def __enter__(self) -> _Tar:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        os.close(self._handle)

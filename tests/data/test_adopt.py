@@ -335,6 +335,9 @@ def test_a_tar_that_changed_costs_its_own_parts_and_is_never_mixed(tmp_path: Pat
     run(config)
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/04-download").glob("0*.tar")}
     assert [name for name in before if before[name] != after[name]] == ["00001.tar"]
+    os.truncate(tmp_path / "given/2.tar", 2000)
+    with pytest.raises(DataError, match=r"2\.tar: \d+ of \d+ bytes at \d+; the tar was cut off, run again"):
+        run_stage_alone(config, "adopt", 2)
     (tmp_path / "given/2.tar").rename(tmp_path / "elsewhere.tar")
     with pytest.raises(DataError, match=r"2\.tar: cannot be opened \(No such file or directory\); shards must stay"):
         run_stage_alone(config, "adopt", 2)
