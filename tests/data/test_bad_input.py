@@ -28,6 +28,8 @@ from tests.engines import one_rank, sdtrain
 from tests.support import make_latent_manifest, tiny_page
 from tests.takedowns import take_down
 
+pytestmark = pytest.mark.engine
+
 LAION = """schema_version: 1
 kind: ingestion
 output: {output}
