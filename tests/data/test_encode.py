@@ -298,6 +298,7 @@ def test_without_a_compiler_the_key_is_named(
 
 @pytest.mark.heavy
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")  # torch's compiler imports it
 def test_a_compiled_encoder_computes_the_same_for_every_size_of_pictures(tmp_path: Path, autoencoder: Path) -> None:
     for name, compiled in (("plain", False), ("compiled", True), ("again", True)):
         for index, size in enumerate([(16, 16), (24, 16), (16, 24)]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from pathlib import Path
@@ -40,3 +41,18 @@ def test_any_epoch_deals_every_sample_once_and_begins_with_a_readable_batch(mani
     places = {order.sample_at(epoch * total + offset)[1:] for offset in range(total)}
     assert len(places) == total
     measure_first_batch(Path(manifest.path), epoch * total, SAMPLES, 4)  # asserts that nothing is unreadable
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves them to the collector
+def test_both_loaders_of_the_comparison_deliver_every_sample_with_its_numbers(tmp_path: Path) -> None:
+    from benchmarks.loader import Ours, Webdataset, compare
+    from benchmarks.loader import write_data_set as write_latents
+
+    latents = write_latents(tmp_path, shards=3, samples_per_shard=8, latent_side=4)
+    ours = Ours(latents, batch_size=1, workers=0, noise=False)
+    streamed = Webdataset(latents, batch_size=1, workers=0, shuffle=0)
+    shuffled = Webdataset(latents, batch_size=1, workers=0, shuffle=8)
+    first, second, third = (sorted(engine._batches()) for engine in (ours, streamed, shuffled))
+    assert len(first) == 24 and first == second == third
+    assert compare({"ours": ours.rate, "webdataset": streamed.rate}, rounds=1)["ours"][0] > 0
+    gc.collect()
