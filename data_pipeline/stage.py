@@ -36,6 +36,8 @@ Rules for workers:
 - A `SdtrainError` is final (bad data does not heal) and puts the unit on the dead-letter list. Any other exception, and
   a worker process that dies, is tried again with backoff, `max_attempts` times in all.
 - `needs=Needs(keeps_worker=True, ...)` makes long-lived actors: `worker()` is called once per actor, not per unit.
+- With `num_gpus=1` there is one actor per GPU, else one per CPU slot, and never more than the nodes can hold.
+- A count called `rows` in what a worker returns is what `sdtrain-data status` shows (`data_pipeline.progress.rows_of`).
 """
 
 from __future__ import annotations
