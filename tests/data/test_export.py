@@ -162,6 +162,16 @@ def test_a_folder_that_is_there_is_refused_and_a_failed_export_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_picture_that_is_none_is_named(tmp_path: Path, capsys) -> None:
+    with ShardWriter(tmp_path / "0.tar") as writer:
+        writer.write("k", {"jpg": b"<html>", "txt": "x"})
+    shard = describe_shard(tmp_path / "0.tar", split="train", folder=tmp_path)
+    write_manifest(tmp_path / "images.json", [shard], fingerprint={}, field_shapes={})
+    assert call("export", tmp_path / "images.json", "--out", tmp_path / "out") == 3
+    error = capsys.readouterr().err
+    assert "sample 'k': its picture cannot be read (UnidentifiedImageError); make the shard whole, or take the" in error
+
+
 def test_what_a_killed_export_left_is_swept_and_a_second_one_waits_its_turn(data: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / ".out.part" / "train").mkdir(parents=True)
     (tmp_path / ".out.part" / "train" / "rest.arrow").write_bytes(b"half")

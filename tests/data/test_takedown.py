@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -14,15 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from data_pipeline import cli
 from data_pipeline.stages.manifest import ManifestStage
-from data_pipeline.takedown import MAX_LINE_BYTES, canonical
+from data_pipeline.takedown import MAX_LINE_BYTES, canonical, take_down_again
 from sdtrain.data.dataset import ShardDataset
 from sdtrain.data.manifest import Manifest, describe_shard, verify, write_manifest
 from sdtrain.data.plan import order_of
 from sdtrain.data.shard import ShardReader, ShardWriter
 from sdtrain.data.takedown import read_takedown
+from sdtrain.errors import DataError
 from sdtrain.records import DrawSpec
 
 PER_SHARD = 4
@@ -194,6 +197,14 @@ def test_hostile_lists_are_one_clear_line(data: Path, tmp_path: Path, capsys, co
     assert not (data / "takedown.json").exists()
 
 
+def test_a_list_of_gigabytes_is_refused_before_it_is_read(data: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "list.txt"
+    path.touch()
+    os.truncate(path, 2**30 + 1)
+    assert call("takedown", path, "--root", data) == 3
+    assert f"{path}: more than {2**30} bytes; cut the list into several" in capsys.readouterr().err
+
+
 def test_a_byte_order_mark_and_carriage_returns_do_no_harm(data: Path, tmp_path: Path, capsys) -> None:
     path = tmp_path / "list.txt"
     path.write_bytes(b"\xef\xbb\xbf" + f"{url(0)}\r\n{key(1)}\r\n".encode())
@@ -274,6 +285,18 @@ def test_a_new_manifest_is_searched_for_what_was_asked_before(data: Path, tmp_pa
     assert said.endswith("; 2 of its samples were taken down before and are masked")
     assert Manifest.load(data / "images.json").takedown.keys == {key(0), "other-key"}
     assert "taken down before" not in stage.report([stats]), "once is enough"
+
+
+def test_a_new_manifest_that_cannot_be_searched_is_an_error(data: Path, tmp_path: Path, capsys) -> None:
+    report_of(capsys, write_list(tmp_path, url(0)), "--root", data)
+    manifest = Manifest.load(data / "images.json")
+    (data / "images.json").unlink()
+    write_manifest(data / "images.json", manifest.shards[:2], fingerprint={"built": "anew"})
+    (data / "images" / "00001.tar").unlink()
+    with pytest.raises(
+        DataError, match=r"images.json: 1 shards or samples could not be searched .* such as .*00001.tar"
+    ):
+        take_down_again(data / "images.json", Console(quiet=True))
 
 
 def test_repeated_keys_are_counted_wherever_they_stand(data: Path, tmp_path: Path, capsys) -> None:
