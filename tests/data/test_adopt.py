@@ -364,7 +364,7 @@ def test_shards_behind_a_url_are_copied_once(tmp_path: Path) -> None:
     assert len(samples_of(tmp_path / "out/04-download")) == 4
 
 
-@pytest.mark.heavy
+@pytest.mark.long
 def test_any_number_of_workers_gives_the_same_shards_and_manifest(tmp_path: Path) -> None:
     for index in range(3):
         write_tar(tmp_path / f"given/{index}.tar", [sample(7 * index + number) for number in range(7)])
