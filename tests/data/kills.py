@@ -12,6 +12,7 @@ and no process stays behind.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -60,11 +61,13 @@ def plant_a_kill(run: Run, change: int) -> Callable[[], None]:
             return isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
         return event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
-    def hook(event: str, arguments: tuple[Any, ...], left: list[int] = [change]) -> None:  # noqa: B006 (the counter)
-        if left[0] > 0 and arguments and str(arguments[0]).startswith(str(run.output)) and is_change(event, arguments):
-            left[0] -= 1
-            if left[0] == 0:
-                die(run, f"before {event} {Path(str(arguments[0])).relative_to(run.output)}")
+    count = itertools.count(1)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if not (arguments and str(arguments[0]).startswith(str(run.output)) and is_change(event, arguments)):
+            return
+        if next(count) == change:
+            die(run, f"before {event} {Path(str(arguments[0])).relative_to(run.output)}")
 
     return lambda: sys.addaudithook(hook)
 
@@ -72,13 +75,15 @@ def plant_a_kill(run: Run, change: int) -> Callable[[], None]:
 def plant_a_torn_row(run: Run, name: str, row: int) -> Callable[[], None]:
     """What lets a driver die in the middle of the `row`-th line that it appends to files called `name`."""
 
-    def hook(event: str, arguments: tuple[Any, ...], left: list[int] = [row]) -> None:  # noqa: B006 (the counter)
-        if event == "open" and left[0] > 0 and str(arguments[0]).endswith(name) and "a" in str(arguments[1]):
-            left[0] -= 1
-            if left[0] == 0:
-                with open(arguments[0], "ab") as file:
-                    file.write(b'{"unit": "00003", "inputs": {"03-ded')
-                die(run, f"in a row of {Path(arguments[0]).relative_to(run.output)}")
+    count = itertools.count(1)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event != "open" or not str(arguments[0]).endswith(name) or "a" not in str(arguments[1]):
+            return
+        if next(count) == row:
+            with open(arguments[0], "ab") as file:
+                file.write(b'{"unit": "00003", "inputs": {"03-ded')
+            die(run, f"in a row of {Path(arguments[0]).relative_to(run.output)}")
 
     return lambda: sys.addaudithook(hook)
 
