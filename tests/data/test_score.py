@@ -127,13 +127,9 @@ class Payload:
 def test_a_file_that_would_run_code_is_refused_unrun(files: dict[str, Path], tmp_path: Path) -> None:
     hostile, marker = tmp_path / "hostile.pt", tmp_path / "ran"
     torch.save({"weight": Payload(marker), "bias": torch.zeros(1)}, hostile)
-    with pytest.raises(
-        DataError, match=r"scores\.weights: .*hostile\.pt: no state dict of ViT-S-32-alt that can"
-    ):
+    with pytest.raises(DataError, match=r"scores\.weights: .*hostile\.pt: no state dict of ViT-S-32-alt that can"):
         Scorer(settings(files, weights=hostile), on_gpu=False)
-    with pytest.raises(
-        DataError, match=r"scores\.aesthetic_head: .*hostile\.pt: no state dict that can be read"
-    ):
+    with pytest.raises(DataError, match=r"scores\.aesthetic_head: .*hostile\.pt: no state dict that can be read"):
         Scorer(settings(files, aesthetic_head=hostile), on_gpu=False)
     assert not marker.exists()
 
