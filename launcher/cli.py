@@ -191,7 +191,7 @@ def submit_run(
     refuse_node_local(run_dir.path, site)
     journal = Journal(run_dir)
     refuse_second_job(journal)
-    journal.folder.mkdir(parents=True, exist_ok=True)
+    journal.prepare()
     number = slurm_queue.submit(script)
     journal.add("submit", Submission(number, str(Path.cwd()), str(config), list(overrides), options))
     typer.echo(f"job {number}: {job.nodes} nodes with {job.gpus_per_node} ranks each, run folder {run_dir.path}")

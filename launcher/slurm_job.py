@@ -69,6 +69,7 @@ def begin(run_dir: RunDir, here: Surroundings, max_restarts: int) -> Path:
 
     Raises:
         NoProgressError: The job was started too often, or in vain.
+        StorageError: The run's folder cannot be written to.
     """
     journal = Journal(run_dir)
     starts = [start for start in journal.starts() if start.job == here.job]
@@ -77,8 +78,9 @@ def begin(run_dir: RunDir, here: Surroundings, max_restarts: int) -> Path:
     checkpoints = checkpoint_names(run_dir)
     if starts and fruitless_starts(starts, checkpoints) >= MAX_FRUITLESS_STARTS:
         raise NoProgressError(_in_vain(run_dir))
+    journal.prepare()
     logs = journal.folder / f"slurm-{here.job}.{here.restart}"
-    logs.mkdir(parents=True, exist_ok=True)
+    logs.mkdir(exist_ok=True)
     before = run_dir.read_exit()
     attempt = None if before is None else before.attempt
     start = Start(here.job, here.restart, logs.name, here.ranks_per_node, here.nodes, attempt, sorted(checkpoints))
@@ -114,8 +116,11 @@ def end(run_dir: RunDir, here: Surroundings, max_restarts: int, step_status: int
             why_not = _why_not_again(run_dir, here, max_restarts)
         told += f"; {why_not or 'requeued, to go on from the newest checkpoint'}"
     again = why_not is None and (found is None or found.code in RESTARTABLE)
-    journal.add("end", {"job": here.job, "restart": here.restart, "code": code, "reason": told, "requeued": again})
     _say(told)
+    try:
+        journal.add("end", {"job": here.job, "restart": here.restart, "code": code, "reason": told, "requeued": again})
+    except OSError as error:  # a full disk must not keep the job from its next start, which may find room
+        _say(f"{journal.path} could not be written: {error.strerror}")
     if again:
         try:
             requeue(here.job)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.slurm_queue import find_job
-from sdtrain.errors import ConfigError
+from sdtrain.errors import ConfigError, StorageError
 from sdtrain.run_dir import RunDir, append_json_line, read_json_lines
 
 
@@ -74,6 +74,20 @@ class Journal:
     def path(self) -> Path:
         """The file."""
         return self.folder / "slurm.jsonl"
+
+    def prepare(self) -> None:
+        """Make the folder and the file, as they are needed before a job is submitted and its output is opened.
+
+        Raises:
+            StorageError: They cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+        except OSError as error:
+            raise StorageError(
+                f"run_dir = {self.run_dir.path}: {self.path} cannot be written: {error.strerror}; give another run_dir"
+            ) from None
 
     def add(self, event: str, row: Submission | Start | dict[str, Any]) -> None:
         """Append one row."""

@@ -101,7 +101,10 @@ def test_the_script_is_submitted_by_hand(new_run: NewRun, mode: str) -> None:
             ["--partition", "mian"],
             "--partition mian: the cluster has no such partition, only main, urgent; did you mean",
         ),
-        (["--gpus-per-node", "16"], "--nodes 1 --gpus-per-node 16: partition main has 0 such nodes (nodes with GPUs"),
+        (
+            ["--gpus-per-node", "16", "data.batch_size=32"],
+            "--nodes 1 --gpus-per-node 16: partition main has 0 such nodes (nodes with GPUs",
+        ),
         (["--nodes", "4"], "--nodes 4 --gpus-per-node 1: partition main has 2 such nodes (nodes with GPUs on each: 2"),
         (["--time", "tomorrow"], "--time tomorrow: give HH:MM:SS or D-HH:MM:SS, such as 24:00:00 or 2-00:00:00"),
         (["--time", "00:02:00"], "--time 00:02:00: the ranks are told to leave 120 s before the limit (save_seconds"),
@@ -111,7 +114,7 @@ def test_the_script_is_submitted_by_hand(new_run: NewRun, mode: str) -> None:
         ),
         (["--nodes", "2", "--gpus-per-node", "5"], "data.batch_size = 8 does not split into micro-batches"),
         (["trainer.max_stepz=1"], "trainer.max_stepz"),
-        (["run_dir=/proc/run"], "/proc cannot be written to"),
+        (["run_dir=/proc/run"], "run_dir = /proc/run: /proc/run/logs/slurm.jsonl cannot be written: No such file"),
         (["--constraint", "no-such-feature"], "sbatch --parsable failed: sbatch: error: Batch job submission failed: "),
     ],
 )

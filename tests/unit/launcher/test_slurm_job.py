@@ -134,6 +134,21 @@ def test_a_scheduler_that_refuses_to_requeue(
     assert f"is presently disabled. Go on with: sdtrain-launch resume {run.path}" in capsys.readouterr().err
 
 
+def test_a_full_disk_does_not_keep_a_job_from_its_next_start(
+    run: RunDir, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(run, FIRST, 5)
+    run.write_exit(Exit(85, "SIGTERM", 3, 0, "a"))
+
+    def add(self: Journal, *row: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Journal, "add", add)
+    assert end(run, FIRST, 5, 85) == ExitCode.REQUEUE
+    assert scheduler.requeued == 1
+    assert "slurm.jsonl could not be written: No space left on device" in capsys.readouterr().err
+
+
 def test_a_new_checkpoint_gives_new_chances() -> None:
     def start(*names: str, job: str = "7") -> Start:
         return Start(job, 0, "logs", 1, 2, None, list(names))
