@@ -13,7 +13,7 @@ from data_pipeline.layout import shapes_of
 from data_pipeline.runner import Runner
 from data_pipeline.stage import Stage
 from data_pipeline.stages.filter import FilterSettings
-from sdtrain.config.curation import ScoresConfig
+from sdtrain.config.curation import ContentDedupConfig, ScoresConfig
 from sdtrain.config.ingestion import (
     DigitsSource,
     DownloadConfig,
@@ -113,7 +113,15 @@ def _curation_stages(config: IngestionConfig) -> list[Stage]:
     if ranked and scored is not None:
         percentiles = out / "04-score-percentiles"
         stages.append(ScorePercentilesStage(ranked, scored, percentiles))
-    return [*stages, SelectStage(images, verdicts, scored, percentiles, thresholds, selected_folder(config))]
+    folder, words = selected_folder(config), _in_words(config.content_dedup)
+    return [*stages, SelectStage(images, verdicts, scored, percentiles, thresholds, folder, words)]
+
+
+def _in_words(dedup: ContentDedupConfig | None) -> str:
+    """What the funnel says of the content dedup."""
+    if dedup is None:
+        return ""
+    return "equal bytes" if dedup.by == "bytes" else f"perceptual hash within {dedup.radius} bits"
 
 
 def _gpus_for(scores: ScoresConfig) -> int:

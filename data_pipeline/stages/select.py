@@ -70,6 +70,7 @@ class SelectStage:
         percentiles: Folder of the sorted scores, where a threshold is a percentile.
         thresholds: The least scores.
         folder: Where the selected shards go.
+        dedup_setting: What the funnel says of the content dedup.
     """
 
     images: Path
@@ -78,6 +79,7 @@ class SelectStage:
     percentiles: Path | None
     thresholds: tuple[Threshold, ...]
     folder: Path
+    dedup_setting: str = ""
     name: str = "select"
     version: str = "1"
     needs: Needs = field(default_factory=Needs)
@@ -149,7 +151,7 @@ class SelectStage:
         Raises:
             DataError: Nothing is left.
         """
-        settings = [] if self.verdicts is None else [(EXCLUDED, "content_dedup.exclude"), (DUPLICATE, "content_dedup")]
+        settings = [] if self.verdicts is None else [(EXCLUDED, self.dedup_setting), (DUPLICATE, self.dedup_setting)]
         for threshold in self.thresholds:
             words = f" ({threshold.value:g} %)" if threshold.is_percentile else ""
             settings.append((threshold.rule, f">= {stats[0]['limits'][threshold.rule]:.6g}{words}"))

@@ -304,6 +304,7 @@ def test_a_page_drops_duplicates_before_the_manifest_and_says_so(
     Runner(output=tmp_path, executor=InlineExecutor()).run(stages_for(config))
     funnel = json.loads((tmp_path / "04-select/funnel.json").read_text())
     dropped = {rule["rule"]: rule["rejected"] for rule in funnel["rules"]}
+    assert funnel["rules"][1]["setting"] == "perceptual hash within 4 bits"
     assert funnel["rows_in"] == 300 and dropped["duplicate"] > 0 and dropped["excluded"] == 0
     manifest = Manifest.load(tmp_path / "manifest.json")
     assert sum(entry.num_samples for entry in manifest.shards) == funnel["rows_out"] == 300 - dropped["duplicate"]
