@@ -108,14 +108,12 @@ def end(run_dir: RunDir, here: Surroundings, max_restarts: int, step_status: int
     ended = Ended(step_status, step_status - 128 if step_status > 128 else None, None, None)
     code = int(crash_code(ended)) if found is None else found.code
     told = _told(found, ended, journal.folder / starts[-1].logs)
-    why_not = None
-    if found is None or found.code in RESTARTABLE:
-        if fruitless_starts(starts, checkpoint_names(run_dir)) >= MAX_FRUITLESS_STARTS:
-            code, why_not = int(ExitCode.NO_PROGRESS), _in_vain(run_dir)
-        else:
-            why_not = _why_not_again(run_dir, here, max_restarts)
-        told += f"; {why_not or 'requeued, to go on from the newest checkpoint'}"
-    again = why_not is None and (found is None or found.code in RESTARTABLE)
+    again = found is None or found.code in RESTARTABLE
+    if again and fruitless_starts(starts, checkpoint_names(run_dir)) >= MAX_FRUITLESS_STARTS:
+        again, code, told = False, int(ExitCode.NO_PROGRESS), f"{told}; {_in_vain(run_dir)}"
+    elif again:
+        why_not = _why_not_again(run_dir, here, max_restarts)
+        again, told = why_not is None, f"{told}; {why_not or 'requeued, to go on from the newest checkpoint'}"
     _say(told)
     try:
         journal.add("end", {"job": here.job, "restart": here.restart, "code": code, "reason": told, "requeued": again})
