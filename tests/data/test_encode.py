@@ -284,7 +284,7 @@ def test_flips_and_compilation_are_facts_only_where_they_are_asked_for(tmp_path:
     plain = stage_for(tmp_path, autoencoder).config_facts()
     assert set(plain) == {"autoencoder", "batch_size", "check_samples"}
     changed = stage_for(tmp_path, autoencoder, flips=True, compile=True).config_facts()
-    assert changed == plain | {"flips": True, "compile": True}
+    assert changed == dict(plain) | {"flips": True, "compile": True}
 
 
 def test_without_a_compiler_the_key_is_named(

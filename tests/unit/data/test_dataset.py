@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,8 +47,8 @@ def manifest(tmp_path: Path) -> Manifest:
     return write_data(tmp_path)
 
 
-def make(manifest: Manifest, **changes: object) -> ShardDataset:
-    arguments = {
+def make(manifest: Manifest, **changes: Any) -> ShardDataset:
+    arguments: dict[str, Any] = {
         "manifest": manifest,
         "split": "train",
         "fields": FIELDS,
@@ -117,7 +118,7 @@ def test_a_position_is_the_same_in_any_order_of_asking_and_in_any_process(datase
     copied.close()
 
 
-def _read_in_child(dataset: ShardDataset, pipe: object) -> None:
+def _read_in_child(dataset: ShardDataset, pipe: Any) -> None:
     before = set(Path("/proc/self/fd").iterdir())
     sample = dataset[0]
     pipe.send((sample.key, sample.error, len(set(Path("/proc/self/fd").iterdir()) - before)))
