@@ -7,6 +7,7 @@ script with the name of a scenario.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -41,6 +42,7 @@ from data_pipeline.stages.download import (
     download_part,
     read_part,
 )
+from data_pipeline.transport_policy import RefusedError, TransportPolicy
 from sdtrain.config.ingestion import DownloadConfig
 from sdtrain.data.shard import ShardReader
 from sdtrain.errors import ConfigError, DataError
@@ -75,6 +77,7 @@ class Site(BaseHTTPRequestHandler):
 
     requests: ClassVar[Counter[str]] = Counter()
     bomb: ClassVar[bytes] = b""
+    is_open: ClassVar[bool] = False
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -137,6 +140,13 @@ class Site(BaseHTTPRequestHandler):
             self.answer(b"", 503, Retry_After="0")
         else:
             self.answer(image(name, (64, 64)))
+
+    def page_later(self, name: str) -> None:
+        """Busy until it is told otherwise."""
+        if Site.is_open:
+            self.page_image(name)
+        else:
+            self.answer(b"", 500)
 
     def page_down(self, name: str) -> None:
         self.answer(b"", 503, Retry_After="86400")
@@ -250,8 +260,6 @@ def check_samples(shard: Path, rows: list[tuple[str, str]]) -> None:
             assert facts["url"] == rows[sample][0]
             assert reader.decode(sample, "txt") == facts["caption"] == f"caption {sample} of part 0"
         facts = reader.decode(0, "json")
-    import hashlib
-
     assert facts["sha256"] == hashlib.sha256(image("a-64-48-JPEG", (64, 48))).hexdigest()
     assert facts["url_sha256"] == hashlib.sha256(rows[0][0].encode()).hexdigest()
     assert (facts["original_size"], facts["crop"], facts["size"]) == ([64, 48], [8, 0, 56, 48], [SIDE, SIDE])
@@ -299,6 +307,115 @@ def scenario_bomb(folder: Path) -> None:
     assert stats["reasons"] == {"out_of_memory": 1, "success": 2}, stats
 
 
+def scenario_rounds(folder: Path) -> None:
+    """A further round asks only for what may have come back, and makes the shard of a run that met no trouble."""
+    port = serve()
+    here = f"http://127.0.0.1:{port}"
+    urls = [
+        f"{here}/later/a-64-48-JPEG",
+        f"{here}/image/b-64-48-JPEG",
+        f"{here}/gone/c",
+        f"{here}/later/d-40-64-PNG",
+        f"{here}/image/e-64-64-JPEG",
+        f"{here}/image/f-31-64-JPEG",
+    ]
+    write_part(folder / "parts", 0, urls)
+    write_part(folder / "parts", 1, [f"{here}/image/g-64-48-JPEG", f"{here}/gone/h"])
+
+    def bring(name: str, **changes: Any) -> Counter[str]:
+        before = Counter(Site.requests)
+        run(
+            folder,
+            DownloadStage(folder / "parts", folder / name, settings(port, retries=0, **changes)),
+            InlineExecutor(),
+        )
+        return Site.requests - before
+
+    def stats(name: str) -> dict[str, int]:
+        return json.loads((folder / name / "00000.stats.json").read_text())["reasons"]
+
+    assert bring("one").total() == 8
+    assert stats("one") == {"http_410": 1, "http_500": 2, "success": 2, "too_small": 1}
+    failed = pq.read_table(folder / "one" / "00000.failed.parquet").to_pylist()
+    assert [(row["row"], row["reason"]) for row in failed] == [
+        (0, "http_500"),
+        (2, "http_410"),
+        (3, "http_500"),
+        (5, "too_small"),
+    ]
+    assert (failed[1]["key"], failed[1]["url"]) == (f"{0:04x}{2:028x}", urls[2])
+    assert bring("one").total() == 0
+    first = (folder / "one" / "00000.tar").read_bytes()
+    later = {"/later/a-64-48-JPEG": 1, "/later/d-40-64-PNG": 1}
+    assert bring("one", retry_round=1) == later  # still busy: asked once, the samples stay
+    assert (folder / "one" / "00000.tar").read_bytes() == first
+    assert bring("one", retry_round=1).total() == 0 == bring("one").total()
+    Site.is_open = True
+    assert bring("one", retry_round=1).total() == 0
+    assert bring("one", retry_round=2) == later
+    assert stats("one") == {"http_410": 1, "success": 4, "too_small": 1}
+    assert bring("one", retry_round=3).total() == 0  # nothing is left that may come back
+    assert bring("two").total() == 8
+    for name in ("00000.tar", "00000.tar.index.json", "00000.failed.parquet", "00000.stats.json", "00001.tar"):
+        assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes(), name
+    (folder / "two" / "00000.tar").write_bytes(b"damaged")
+    assert bring("two", retry_round=1).total() == 6  # made anew, and only that
+
+
+def scenario_digests(folder: Path) -> None:
+    """Digests are recorded always, and enforced where the table names them; blocked files are not kept."""
+    port = serve()
+    names = [f"{letter}-64-48-JPEG" for letter in "abcdef"]
+    bodies = [image(name, (64, 48)) for name in names]
+    path = write_part(folder / "parts", 0, [f"http://127.0.0.1:{port}/image/{name}" for name in names])
+    md5 = [hashlib.md5(body).hexdigest() for body in bodies]
+    sha256 = [hashlib.sha256(body).hexdigest() for body in bodies]
+    table = pq.read_table(path)
+    table = table.append_column("md5", pa.array([md5[0].upper(), "0" * 32, None, md5[3], None, None]))
+    table = table.append_column("sha256", pa.array([None, None, sha256[2], "0" * 64, None, None]))
+    pq.write_table(table, path)
+    (folder / "bytes.txt").write_text(f"{md5[4]}\n")
+    (folder / "urls.txt").write_text(f"http://127.0.0.1:{port}/image/{names[5]}\n")
+    lists = {"blocked_bytes": (folder / "bytes.txt",), "blocked_urls": (folder / "urls.txt",)}
+    run(folder, DownloadStage(folder / "parts", folder / "one", settings(port, **lists)), InlineExecutor())
+    failed = pq.read_table(folder / "one" / "00000.failed.parquet").to_pylist()
+    assert [(row["row"], row["reason"]) for row in failed] == [
+        (1, "refused:digest"),
+        (3, "refused:digest"),
+        (4, "refused:blocked_bytes"),
+        (5, "refused:blocked_url"),
+    ]
+    assert Site.requests[f"/image/{names[5]}"] == 0
+    with ShardReader(folder / "one" / "00000.tar") as reader:
+        facts = [reader.decode(sample, "json") for sample in range(len(reader))]
+    assert [(each["md5"], each["sha256"]) for each in facts] == [(md5[0], sha256[0]), (md5[2], sha256[2])]
+    assert "md5" not in facts[0]["source"] and "sha256" not in facts[1]["source"]
+
+
+def scenario_buckets(folder: Path) -> None:
+    """Each picture gets the shape nearest to its own, and the sample says which."""
+    port = serve()
+    sizes = [(64, 64), (128, 64), (64, 110), (70, 60), (30, 90)]
+    write_part(folder / "parts", 0, [f"http://127.0.0.1:{port}/image/a-{w}-{h}-JPEG" for w, h in sizes])
+    stage = DownloadStage(folder / "parts", folder / "one", settings(port, resize_mode="buckets"))
+    assert stage.config_facts()["bucket_shapes"] == [[24, 40], [32, 32], [40, 24]]
+    run(folder, stage, InlineExecutor())
+    with ShardReader(folder / "one" / "00000.tar") as reader:
+        facts = [reader.decode(sample, "json") for sample in range(len(reader))]
+        shapes = [reader.decode(sample, "jpg").shape for sample in range(len(reader))]
+    assert [each["size"] for each in facts] == [[32, 32], [40, 24], [24, 40], [32, 32], [24, 40]]
+    assert [(each["width"], each["height"]) for each in facts] == [tuple(each["size"]) for each in facts]
+    assert shapes == [(3, each["height"], each["width"]) for each in facts]
+    assert [each["original_size"] for each in facts] == [list(size) for size in sizes]
+    assert facts[1]["crop"] == [10, 0, 117, 64]
+
+
+def scenario_settings(folder: Path) -> None:
+    """Three in one process, which spares two imports of img2dataset."""
+    for part in (scenario_rounds, scenario_digests, scenario_buckets):
+        part(folder / part.__name__)
+
+
 def scenario_lost(folder: Path) -> None:
     """All rows fail: for good reasons an empty shard, for passing ones a failure."""
     port = serve()
@@ -325,7 +442,7 @@ def lone_loopback() -> None:
 def in_namespace(scenario: str, folder: Path) -> None:
     cut_off = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--net"]
     if subprocess.run([*cut_off, "true"], capture_output=True).returncode != 0:
-        pytest.skip("needs root or user namespaces, to cut the test off from every network")
+        pytest.fail("needs root or user namespaces (`unshare --net`), to cut the test off from every network")
     command = [*cut_off, sys.executable, __file__, scenario, str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONWARNINGS": "ignore"}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
@@ -333,7 +450,7 @@ def in_namespace(scenario: str, folder: Path) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("scenario", ["hostile", "workers", "bomb", "lost"])
+@pytest.mark.parametrize("scenario", ["hostile", "workers", "bomb", "lost", "settings"])
 def test_scenario(scenario: str, tmp_path: Path) -> None:
     in_namespace(scenario, tmp_path)
 
@@ -411,8 +528,42 @@ def test_patience_is_no_reason_to_fetch_again(tmp_path: Path) -> None:
         return DownloadStage(tmp_path, tmp_path, settings(80, **changes)).config_facts()
 
     assert facts(threads=3, processes=9, timeout_seconds=2.0, retries=0) == facts()
+    assert facts(connections_per_host=1, host_gap_seconds=2.0, blocked_urls=(tmp_path / "a",), retry_round=4) == facts()
     assert facts(jpeg_quality=90) != facts()
+    assert "bucket_shapes" not in facts()
+    shapes = [facts(resize_mode="buckets", bucket_shapes=shapes) for shapes in (None, ((32, 64),))]
+    assert shapes[0]["bucket_shapes"] != shapes[1]["bucket_shapes"] == [[32, 64]]
     assert facts()["engine"].startswith("img2dataset 1.47")
+
+
+def test_each_process_gets_its_share_of_a_host(tmp_path: Path) -> None:
+    def policy(**changes: Any) -> TransportPolicy:
+        return DownloadStage(tmp_path, tmp_path, settings(80, **changes)).policy
+
+    assert policy(processes=4, connections_per_host=10).connections_per_host == 2
+    assert policy(processes=16, connections_per_host=10).connections_per_host == 1
+    assert policy(processes=4, host_gap_seconds=0.5).host_gap_seconds == 2.0
+    assert policy(honored_robots_tags=("NoAI",)).robots_rules == {"noai"}
+    assert policy().robots_rules == {"noai", "noimageai"}
+
+
+def test_a_block_list_is_looked_at_before_anything_runs(tmp_path: Path) -> None:
+    write_part(tmp_path / "parts", 0, ["http://a.example/"])
+    stage = DownloadStage(tmp_path / "parts", tmp_path / "out", settings(80, blocked_urls=(tmp_path / "gone.txt",)))
+    with pytest.raises(DataError, match=r"download.blocked_urls: .*gone.txt: cannot be read as text"):
+        stage.units()
+
+
+def test_a_collector_counts_what_its_resizer_refuses() -> None:
+    def resizer(body: memoryview) -> Any:
+        raise RefusedError("too_small", "1x1")
+
+    collector = Collector(resizer)
+    assert collector.resize(io.BytesIO(b"x")) == (None, None, None, None, None, "too_small 1x1")
+    collector.write(None, "0000000000003", None, {"error_message": "too_small 1x1"})
+    collector.write(None, "0000000000004", None, {"error_message": "a surprise"})
+    assert collector.failed == {3: "too_small", 4: "internal_error"}
+    assert collector.unexpected == {"a surprise"}
 
 
 if __name__ == "__main__":

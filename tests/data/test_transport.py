@@ -88,7 +88,7 @@ def in_namespace(test: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
         if not can_enter_namespace():
-            pytest.skip("needs root or user namespaces, to cut the test off from every network")
+            pytest.fail("needs root or user namespaces (`unshare --net`), to cut the test off from every network")
         read_end, write_end = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -115,6 +115,7 @@ class Hostile(BaseHTTPRequestHandler):
 
     requests: ClassVar[Counter[str]] = Counter()
     seen: ClassVar[list[dict[str, str]]] = []
+    paths: ClassVar[list[str]] = []
     lock = threading.Lock()
     in_flight = 0
     most_in_flight = 0
@@ -127,6 +128,7 @@ class Hostile(BaseHTTPRequestHandler):
         with self.lock:
             self.requests[name] += 1
             self.seen.append(dict(self.headers.items()))
+            self.paths.append(self.path)
         with suppress(BrokenPipeError, ConnectionResetError):
             getattr(self, f"page_{name}")()
         self.close_connection = True
@@ -154,6 +156,9 @@ class Hostile(BaseHTTPRequestHandler):
         self.send_header("Location", self.path.split("?", 1)[1])
         self.end_headers()
         self.drip(b"x" * 1000, 0.0)
+
+    def page_raw(self) -> None:
+        self.wfile.write("HTTP/1.0 302 Found\r\nLocation: /ok/bücher .jpg\r\n\r\n".encode())
 
     def page_loop(self) -> None:
         self.answer(b"", 301, Location="/loop")
@@ -231,7 +236,7 @@ class Hostile(BaseHTTPRequestHandler):
 
 @contextmanager
 def server(tls: ssl.SSLContext | None = None):
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
+    listening = ThreadingHTTPServer(("0.0.0.0", 0), Hostile)  # in a namespace of its own
     listening.daemon_threads = True
     listening.block_on_close = False
     if tls is not None:
@@ -394,6 +399,25 @@ def test_without_a_wish_the_pauses_double_and_refusals_are_not_tried_again() -> 
         assert refusal(lambda: opener.open(f"http://127.0.0.1:{port}/missing")).reason == "http_404"
     assert (Hostile.requests["half"], Hostile.requests["missing"]) == (3, 1)
     assert pauses == [0.5, 1.0]
+
+
+@in_namespace
+def test_a_host_s_wish_holds_for_all_of_its_pictures() -> None:
+    with server() as port:
+        opener, pauses = opener_for(port)
+        assert refusal(lambda: opener.open(f"http://127.0.0.1:{port}/closed")).reason == "http_503"
+        error = refusal(lambda: opener.open(f"http://127.0.0.1:{port}/ok"))
+        assert str(error) == "retry_after 127.0.0.1 asked for no request in the next 3600 s"
+        assert opener.open(f"http://127.0.0.2:{port}/ok").read() == JPEG
+    assert (Hostile.requests["closed"], Hostile.requests["ok"], pauses) == (1, 1, [])
+
+
+@in_namespace
+def test_a_redirect_in_raw_bytes_is_quoted_as_it_came() -> None:
+    with server() as port:
+        opener, _ = opener_for(port)
+        assert opener.open(f"http://127.0.0.1:{port}/raw").read() == JPEG
+    assert Hostile.paths[-1] == "/ok/b%C3%BCcher%20.jpg"
 
 
 @in_namespace

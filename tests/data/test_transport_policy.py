@@ -29,6 +29,7 @@ from data_pipeline.transport_policy import (
     is_permanent,
     parse_target,
     retry_after_seconds,
+    url_sha256,
 )
 from sdtrain.errors import ConfigError
 
@@ -102,6 +103,9 @@ def refusal(action: Callable[[], Any]) -> RefusedError:
         ("64:ff9b::808:808", None),  # NAT64 of 8.8.8.8
         ("64:ff9b:1::808:808", Reason.PRIVATE_ADDRESS),  # local-use NAT64
         ("2001:0:808:808::f5f5:f5f5", Reason.PRIVATE_ADDRESS),  # Teredo, client 10.10.10.10
+        ("2606:2800:220:1:0:5efe:a01:203", Reason.PRIVATE_ADDRESS),  # ISATAP of 10.1.2.3
+        ("2606:2800:220:1:200:5efe:a9fe:a9fe", Reason.LINK_LOCAL),  # ISATAP of 169.254.169.254
+        ("2606:2800:220:1:0:5efe:808:808", None),  # ISATAP of 8.8.8.8
     ],
 )
 def test_addresses_are_judged_by_what_they_reach(address: str, reason: Reason | None) -> None:
@@ -196,6 +200,10 @@ def test_a_look_up_that_hangs_ends_with_the_timeout() -> None:
         ("http:///1.jpg", "refused:url"),
         ("http://[::1/1.jpg", "refused:url"),
         ("http://a b/1.jpg", "refused:url"),
+        ("http://images.example\\.evil/1.jpg", "refused:url"),
+        ("http://127%2e0%2e0%2e1/", "refused:url"),
+        ("http://[fe80::1%25eth0]/", "refused:url"),
+        ("http://.example/", "refused:url"),
         ("http://images.example:99999/", "refused:url"),
         ("http://" + "a" * 70 + ".example/", "refused:url"),
         ("http://user:secret@images.example/", "refused:credentials"),
@@ -233,6 +241,17 @@ def test_blocked_urls_are_not_opened() -> None:
     policy = TransportPolicy(contact=CONTACT, blocked_urls=frozenset({hashlib.sha256(url.encode()).hexdigest()}))
     opener = HardenedOpener(policy, resolve=lambda host, port: ["93.184.216.34"], connect=never_connect)
     assert str(refusal(lambda: opener.open(url))) == "refused:blocked_url the URL is on the block list"
+
+
+def test_blocked_urls_are_not_opened_after_a_redirect_either() -> None:
+    policy = TransportPolicy(contact=CONTACT, blocked_urls=frozenset({url_sha256("http://b.example/2.jpg")}))
+    assert refusal(lambda: parse_target("http://b.example/2.jpg", policy)).reason == "refused:blocked_url"
+    assert parse_target("http://b.example/3.jpg", policy).host == "b.example"
+
+
+def test_addresses_in_their_usual_notation_are_not_looked_up() -> None:
+    assert [parse_target(f"http://{host}/", POLICY).is_address for host in ("93.184.216.34", "[2606::1]")] == [True] * 2
+    assert not any(parse_target(f"http://{host}/", POLICY).is_address for host in ("0x7f.1", "2130706433", "a.example"))
 
 
 def test_a_request_with_a_body_is_refused() -> None:
@@ -337,6 +356,14 @@ def test_bombs_are_refused_by_their_header() -> None:
     assert str(error) == "too_many_pixels 20000x20000; allowed are 64000000 pixels"
 
 
+def test_jpegs_of_very_many_scans_are_refused() -> None:
+    body = encoded("JPEG", progressive=True)
+    scan, end = body.rindex(b"\xff\xda"), body.rindex(b"\xff\xd9")
+    check_image(body[:end] + body[scan:end] * 80 + body[end:], 10**6)
+    error = refusal(lambda: check_image(body[:end] + body[scan:end] * 100 + body[end:], 10**6))
+    assert str(error) == "too_many_scans 110 in a jpeg; allowed are 100"
+
+
 def test_sixteen_bit_images_are_refused() -> None:
     error = refusal(lambda: check_image(png_header(8, 8, bit_depth=16), 100))
     assert str(error) == "bit_depth 16 bits a channel in a png; allowed are 8"
@@ -348,10 +375,14 @@ def test_sniffing_needs_the_whole_signature() -> None:
 
 
 def test_reasons_are_permanent_or_pass() -> None:
-    permanent = ["refused:private_address", "http_404", "http_410", "too_large", "not_an_image", "unknown_host"]
+    permanent = ["http_204", "http_206", "http_304", "too_small", "undecodable", "refused:digest", "too_many_scans"]
+    permanent += ["refused:private_address", "http_404", "http_410", "too_large", "not_an_image", "unknown_host"]
     passing = ["http_503", "http_429", "http_408", "timeout", "deadline", "too_slow", "dns_failed", "connect_failed"]
     assert all(is_permanent(reason) for reason in permanent)
-    assert not any(is_permanent(reason) for reason in [*passing, "truncated", "http_500", "internal_error"])
+    assert not any(
+        is_permanent(reason)
+        for reason in [*passing, "truncated", "http_500", "http_520", "retry_after", "internal_error"]
+    )
 
 
 def test_a_refusal_survives_pickling() -> None:
