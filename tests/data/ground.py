@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -258,6 +259,20 @@ class Run:
         with contextlib.suppress(OSError, json.JSONDecodeError):
             return json.loads((self.output / "progress.json").read_text())
         return {}
+
+
+def in_fresh_process(module: str, folder: Path, *before: str, limit_seconds: float = 280.0) -> None:
+    """Run a module of tests: a process that has used Ray itself must not fork drivers, which would hang.
+
+    Args:
+        module: Called with the folder as its one argument.
+        folder: Where to work.
+        before: Words before the command, such as those of unshare.
+        limit_seconds: When it is ended.
+    """
+    command = [*before, sys.executable, "-W", "ignore", "-m", module, str(folder)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=limit_seconds, check=False)
+    assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-6000:]
 
 
 @dataclass

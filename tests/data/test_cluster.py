@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from data_pipeline.ledger import Ledger
-from tests.data.ground import DOWNLOAD, Ended, Grounds, Run
-from tests.data.test_transport import enter_namespace
+from tests.data.download_site import lone_loopback
+from tests.data.ground import DOWNLOAD, Ended, Grounds, Run, in_fresh_process
 
 UNTIL = ("--until", "images")
 
@@ -32,9 +32,7 @@ def test_in_a_namespace(tmp_path: Path) -> None:
     cut_off = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--net"]
     if subprocess.run([*cut_off, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("needs root or user namespaces, to cut the test off from every network")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.data.test_cluster", str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
-    assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-6000:]
+    in_fresh_process("tests.data.test_cluster", tmp_path, *cut_off, limit_seconds=1200)
 
 
 @contextlib.contextmanager
@@ -126,5 +124,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    enter_namespace()
+    lone_loopback()
     main(Path(sys.argv[1]))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import sys
 import time
-import warnings
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,16 +16,7 @@ import data_pipeline.build
 from data_pipeline.cluster import InlineExecutor
 from data_pipeline.ledger import Ledger
 from tests.data import kills
-from tests.data.ground import DOWNLOAD, Grounds, Run, workers_of
-
-
-@pytest.fixture
-def grounds(tmp_path: Path) -> Iterator[Grounds]:
-    """A served world."""
-    with warnings.catch_warnings(action="ignore"):
-        importlib.import_module("img2dataset")  # once here, so that forked drivers need not
-    with Grounds(tmp_path).served() as grounds:
-        yield grounds
+from tests.data.ground import DOWNLOAD, Grounds, Run, in_fresh_process, workers_of
 
 
 def without_ray() -> None:
@@ -39,8 +29,11 @@ def finish_inline(run: Run, until: str) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_kills_during_the_downloads_lose_nothing_and_fetch_nothing_twice(grounds: Grounds) -> None:
+def test_kills_during_the_downloads_lose_nothing_and_fetch_nothing_twice(tmp_path: Path) -> None:
+    in_fresh_process("tests.data.test_kills", tmp_path)
+
+
+def main(grounds: Grounds) -> None:
     first = grounds.run()
     finish_inline(first, "download")
     yardstick, run = first.end(), grounds.run()
@@ -63,3 +56,9 @@ def test_kills_during_the_downloads_lose_nothing_and_fetch_nothing_twice(grounds
     for pid in left:  # they would go within a minute, which the long form waits for
         os.kill(pid, signal.SIGKILL)
     assert run.end() == yardstick
+
+
+if __name__ == "__main__":
+    importlib.import_module("img2dataset")  # once here, so that forked drivers need not
+    with Grounds(Path(sys.argv[1])).served() as served:
+        main(served)

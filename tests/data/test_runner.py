@@ -169,7 +169,7 @@ def test_a_cluster_that_is_not_there_is_a_config_error(world):
             {},
             "there is none here: put the head's (`ray get-auth-token` there) into a file of mode 600 and set RAY",
         ),
-        ({"RAY_AUTH_TOKEN": "x"}, "it refuses the token from the environment variable RAY_AUTH_TOKEN: compare it"),
+        ({"RAY_AUTH_TOKEN": "x"}, "cluster refuses the token from the environment variable RAY_AUTH_TOKEN: compare it"),
         ({"RAY_AUTH_TOKEN_PATH": "/run/t"}, "refuses the token from the file /run/t (RAY_AUTH_TOKEN_PATH): compare it"),
     ],
 )
