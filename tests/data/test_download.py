@@ -6,34 +6,20 @@ script with the name of a scenario.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
-import os
-import socket
-import struct
-import subprocess
 import sys
-import threading
-import time
-import zlib
 from collections import Counter
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
-from rich.console import Console
 
 from data_pipeline.cluster import InlineExecutor, RayExecutor
 from data_pipeline.engine import Collector, reason_of
-from data_pipeline.runner import Runner
 from data_pipeline.stage import Unit
 from data_pipeline.stages.download import (
     DownloadStage,
@@ -46,161 +32,18 @@ from data_pipeline.transport_policy import RefusedError, TransportPolicy
 from sdtrain.config.ingestion import DownloadConfig
 from sdtrain.data.shard import ShardReader
 from sdtrain.errors import ConfigError, DataError
-
-CONTACT = "https://example.org/crawl"
-SIDE = 32
-
-
-def image(name: str, size: tuple[int, int], image_format: str = "JPEG") -> bytes:
-    stream = io.BytesIO()
-    random = np.random.default_rng(zlib.crc32(name.encode()))
-    pixels = random.integers(0, 255, (size[1] // 4 + 1, size[0] // 4 + 1, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize(size).save(stream, image_format)
-    return stream.getvalue()
-
-
-def png(width: int, height: int, bit_depth: int, color_type: int, data: bytes) -> bytes:
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = struct.pack(">IIBBBBB", width, height, bit_depth, color_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-
-
-def bomb() -> bytes:
-    """A real PNG of 400 megapixels in a few dozen kilobytes."""
-    return png(20_000, 20_000, 1, 0, zlib.compress(bytes(20_000 * 2_501), 9))
-
-
-class Site(BaseHTTPRequestHandler):
-    """Images by name, and what goes wrong with them."""
-
-    requests: ClassVar[Counter[str]] = Counter()
-    bomb: ClassVar[bytes] = b""
-    is_open: ClassVar[bool] = False
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        kind, _, name = self.path.strip("/").partition("/")
-        self.requests[self.path] += 1
-        with suppress(BrokenPipeError, ConnectionResetError):
-            getattr(self, f"page_{kind}")(name)
-        self.close_connection = True
-
-    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for header, value in headers.items():
-            self.send_header(header.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def page_image(self, name: str) -> None:
-        time.sleep(0.02 * (zlib.crc32(name.encode()) % 5))  # arrive out of order
-        width, height, image_format = name.split("-")[1:4]
-        self.answer(image(name, (int(width), int(height)), image_format))
-
-    def page_gone(self, name: str) -> None:
-        self.answer(b"", 410)
-
-    def page_html(self, name: str) -> None:
-        self.answer(b"<html>not found</html>" * 100, Content_Type="image/jpeg")
-
-    def page_away(self, name: str) -> None:
-        self.answer(b"", 302, Location=name)
-
-    def page_endless(self, name: str) -> None:
-        self.answer(b"\xff\xd8\xff\xe0")
-        end = time.monotonic() + 20
-        while time.monotonic() < end:
-            self.wfile.write(bytes(50_000))
-
-    def page_slow(self, name: str) -> None:
-        self.answer(b"\xff\xd8\xff\xe0")
-        end = time.monotonic() + 20
-        while time.monotonic() < end:
-            self.wfile.write(b"x")
-            time.sleep(0.1)
-
-    def page_gzip(self, name: str) -> None:
-        self.answer(zlib.compress(bytes(10_000_000)), Content_Encoding="gzip")
-
-    def page_bomb(self, name: str) -> None:
-        self.answer(self.bomb)
-
-    def page_broken(self, name: str) -> None:
-        self.answer(png(64, 64, 8, 2, b"no zlib stream"))
-
-    def page_noai(self, name: str) -> None:
-        self.answer(image(name, (64, 64)), X_Robots_Tag="noai")
-
-    def page_busy(self, name: str) -> None:
-        if self.requests[self.path] < 3:
-            self.answer(b"", 503, Retry_After="0")
-        else:
-            self.answer(image(name, (64, 64)))
-
-    def page_later(self, name: str) -> None:
-        """Busy until it is told otherwise."""
-        if Site.is_open:
-            self.page_image(name)
-        else:
-            self.answer(b"", 500)
-
-    def page_down(self, name: str) -> None:
-        self.answer(b"", 503, Retry_After="86400")
-
-
-def serve() -> int:
-    site = ThreadingHTTPServer(("0.0.0.0", 0), Site)
-    site.daemon_threads = True
-    threading.Thread(target=site.serve_forever, daemon=True).start()
-    return site.server_address[1]
-
-
-def write_part(folder: Path, index: int, urls: list[str], split: str = "train") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = range(len(urls))
-    columns = {
-        "url": urls,
-        "caption": [f"caption {row} of part {index}" for row in rows],
-        "width": [64] * len(urls),
-        "height": [64] * len(urls),
-        "aesthetic_v2": [6.5 + row / 8 for row in rows],
-        "punsafe": [float("nan")] * len(urls),
-        "source_hash": list(rows),
-        "nsfw": ["UNLIKELY"] * len(urls),
-        "key": [f"{index:04x}{row:028x}" for row in rows],
-        "split": [split] * len(urls),
-    }
-    path = folder / f"{index:05d}.parquet"
-    pq.write_table(pa.table(columns), path)
-    return path
-
-
-def settings(port: int, **changes: Any) -> DownloadConfig:
-    return DownloadConfig(
-        **{
-            "contact": CONTACT,
-            "image_size": SIDE,
-            "samples_per_shard": 100,
-            "processes": 2,
-            "threads": 8,
-            "timeout_seconds": 3.0,
-            "total_timeout_seconds": 3.0,
-            "max_bytes": 1_000_000,
-            "max_pixels": 1_000_000,
-            "allowed_ports": (port,),
-            "allow_loopback": True,
-            **changes,
-        }
-    )
-
-
-def run(output: Path, stage: DownloadStage, executor: Any) -> None:
-    Runner(output=output, executor=executor, max_attempts=1, console=Console(file=io.StringIO())).run([stage])
-
+from tests.data.download_site import (
+    SIDE,
+    Site,
+    bomb,
+    image,
+    in_namespace,
+    lone_loopback,
+    run,
+    serve,
+    settings,
+    write_part,
+)
 
 # ------------------------------------------------------------------------------------- scenarios, in the namespace
 
@@ -307,115 +150,6 @@ def scenario_bomb(folder: Path) -> None:
     assert stats["reasons"] == {"out_of_memory": 1, "success": 2}, stats
 
 
-def scenario_rounds(folder: Path) -> None:
-    """A further round asks only for what may have come back, and makes the shard of a run that met no trouble."""
-    port = serve()
-    here = f"http://127.0.0.1:{port}"
-    urls = [
-        f"{here}/later/a-64-48-JPEG",
-        f"{here}/image/b-64-48-JPEG",
-        f"{here}/gone/c",
-        f"{here}/later/d-40-64-PNG",
-        f"{here}/image/e-64-64-JPEG",
-        f"{here}/image/f-31-64-JPEG",
-    ]
-    write_part(folder / "parts", 0, urls)
-    write_part(folder / "parts", 1, [f"{here}/image/g-64-48-JPEG", f"{here}/gone/h"])
-
-    def bring(name: str, **changes: Any) -> Counter[str]:
-        before = Counter(Site.requests)
-        run(
-            folder,
-            DownloadStage(folder / "parts", folder / name, settings(port, retries=0, **changes)),
-            InlineExecutor(),
-        )
-        return Site.requests - before
-
-    def stats(name: str) -> dict[str, int]:
-        return json.loads((folder / name / "00000.stats.json").read_text())["reasons"]
-
-    assert bring("one").total() == 8
-    assert stats("one") == {"http_410": 1, "http_500": 2, "success": 2, "too_small": 1}
-    failed = pq.read_table(folder / "one" / "00000.failed.parquet").to_pylist()
-    assert [(row["row"], row["reason"]) for row in failed] == [
-        (0, "http_500"),
-        (2, "http_410"),
-        (3, "http_500"),
-        (5, "too_small"),
-    ]
-    assert (failed[1]["key"], failed[1]["url"]) == (f"{0:04x}{2:028x}", urls[2])
-    assert bring("one").total() == 0
-    first = (folder / "one" / "00000.tar").read_bytes()
-    later = {"/later/a-64-48-JPEG": 1, "/later/d-40-64-PNG": 1}
-    assert bring("one", retry_round=1) == later  # still busy: asked once, the samples stay
-    assert (folder / "one" / "00000.tar").read_bytes() == first
-    assert bring("one", retry_round=1).total() == 0 == bring("one").total()
-    Site.is_open = True
-    assert bring("one", retry_round=1).total() == 0
-    assert bring("one", retry_round=2) == later
-    assert stats("one") == {"http_410": 1, "success": 4, "too_small": 1}
-    assert bring("one", retry_round=3).total() == 0  # nothing is left that may come back
-    assert bring("two").total() == 8
-    for name in ("00000.tar", "00000.tar.index.json", "00000.failed.parquet", "00000.stats.json", "00001.tar"):
-        assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes(), name
-    (folder / "two" / "00000.tar").write_bytes(b"damaged")
-    assert bring("two", retry_round=1).total() == 6  # made anew, and only that
-
-
-def scenario_digests(folder: Path) -> None:
-    """Digests are recorded always, and enforced where the table names them; blocked files are not kept."""
-    port = serve()
-    names = [f"{letter}-64-48-JPEG" for letter in "abcdef"]
-    bodies = [image(name, (64, 48)) for name in names]
-    path = write_part(folder / "parts", 0, [f"http://127.0.0.1:{port}/image/{name}" for name in names])
-    md5 = [hashlib.md5(body).hexdigest() for body in bodies]
-    sha256 = [hashlib.sha256(body).hexdigest() for body in bodies]
-    table = pq.read_table(path)
-    table = table.append_column("md5", pa.array([md5[0].upper(), "0" * 32, None, md5[3], None, None]))
-    table = table.append_column("sha256", pa.array([None, None, sha256[2], "0" * 64, None, None]))
-    pq.write_table(table, path)
-    (folder / "bytes.txt").write_text(f"{md5[4]}\n")
-    (folder / "urls.txt").write_text(f"http://127.0.0.1:{port}/image/{names[5]}\n")
-    lists = {"blocked_bytes": (folder / "bytes.txt",), "blocked_urls": (folder / "urls.txt",)}
-    run(folder, DownloadStage(folder / "parts", folder / "one", settings(port, **lists)), InlineExecutor())
-    failed = pq.read_table(folder / "one" / "00000.failed.parquet").to_pylist()
-    assert [(row["row"], row["reason"]) for row in failed] == [
-        (1, "refused:digest"),
-        (3, "refused:digest"),
-        (4, "refused:blocked_bytes"),
-        (5, "refused:blocked_url"),
-    ]
-    assert Site.requests[f"/image/{names[5]}"] == 0
-    with ShardReader(folder / "one" / "00000.tar") as reader:
-        facts = [reader.decode(sample, "json") for sample in range(len(reader))]
-    assert [(each["md5"], each["sha256"]) for each in facts] == [(md5[0], sha256[0]), (md5[2], sha256[2])]
-    assert "md5" not in facts[0]["source"] and "sha256" not in facts[1]["source"]
-
-
-def scenario_buckets(folder: Path) -> None:
-    """Each picture gets the shape nearest to its own, and the sample says which."""
-    port = serve()
-    sizes = [(64, 64), (128, 64), (64, 110), (70, 60), (30, 90)]
-    write_part(folder / "parts", 0, [f"http://127.0.0.1:{port}/image/a-{w}-{h}-JPEG" for w, h in sizes])
-    stage = DownloadStage(folder / "parts", folder / "one", settings(port, resize_mode="buckets"))
-    assert stage.config_facts()["bucket_shapes"] == [[24, 40], [32, 32], [40, 24]]
-    run(folder, stage, InlineExecutor())
-    with ShardReader(folder / "one" / "00000.tar") as reader:
-        facts = [reader.decode(sample, "json") for sample in range(len(reader))]
-        shapes = [reader.decode(sample, "jpg").shape for sample in range(len(reader))]
-    assert [each["size"] for each in facts] == [[32, 32], [40, 24], [24, 40], [32, 32], [24, 40]]
-    assert [(each["width"], each["height"]) for each in facts] == [tuple(each["size"]) for each in facts]
-    assert shapes == [(3, each["height"], each["width"]) for each in facts]
-    assert [each["original_size"] for each in facts] == [list(size) for size in sizes]
-    assert facts[1]["crop"] == [10, 0, 117, 64]
-
-
-def scenario_settings(folder: Path) -> None:
-    """Three in one process, which spares two imports of img2dataset."""
-    for part in (scenario_rounds, scenario_digests, scenario_buckets):
-        part(folder / part.__name__)
-
-
 def scenario_lost(folder: Path) -> None:
     """All rows fail: for good reasons an empty shard, for passing ones a failure."""
     port = serve()
@@ -433,26 +167,10 @@ def scenario_lost(folder: Path) -> None:
     assert list((folder / "1").iterdir()) == []
 
 
-def lone_loopback() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        fcntl.ioctl(sock, 0x8914, struct.pack("16sH14s", b"lo", 0x1 | 0x40, b""))  # SIOCSIFFLAGS: up, running
-    assert [name for _, name in socket.if_nameindex()] == ["lo"]
-
-
-def in_namespace(scenario: str, folder: Path) -> None:
-    cut_off = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--net"]
-    if subprocess.run([*cut_off, "true"], capture_output=True).returncode != 0:
-        pytest.fail("needs root or user namespaces (`unshare --net`), to cut the test off from every network")
-    command = [*cut_off, sys.executable, __file__, scenario, str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONWARNINGS": "ignore"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-
-
 @pytest.mark.heavy
-@pytest.mark.parametrize("scenario", ["hostile", "workers", "bomb", "lost", "settings"])
+@pytest.mark.parametrize("scenario", ["hostile", "workers", "bomb", "lost"])
 def test_scenario(scenario: str, tmp_path: Path) -> None:
-    in_namespace(scenario, tmp_path)
+    in_namespace(__file__, scenario, tmp_path)
 
 
 # --------------------------------------------------------------------------------------------- without any network
