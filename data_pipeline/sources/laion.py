@@ -288,8 +288,8 @@ def _check_type(found: pa.DataType, ours: str, theirs: str, source: str) -> None
     is_number = pa.types.is_integer(found) or pa.types.is_floating(found)
     if not (pa.types.is_null(found) or (is_text if kind == "text" else is_number)):
         raise DataError(
-            f"{source}: column {theirs} has type {found}, but {ours} must be {_KIND_WORDS[kind]}; convert the column, or "
-            f"name another one with source.columns: {{{ours}: ...}}"
+            f"{source}: column {theirs} has type {found}, but {ours} must be {_KIND_WORDS[kind]}; convert the column, "
+            f"or name another one with source.columns: {{{ours}: ...}}"
         )
 
 
