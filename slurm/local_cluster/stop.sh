@@ -19,31 +19,28 @@ is_ours() {
 # Daemons, their helpers and the processes of jobs, by what their environment says; a shell that merely uses the
 # cluster has no job.
 left() {
-  local one
-  for one in /proc/[0-9]*; do
-    if tr '\0' '\n' 2>/dev/null <"$one/environ" | awk -v folder="$folder" '
-      $0 == "SDTRAIN_LOCAL_CLUSTER=" folder { found = 1 }
-      $0 == "SLURM_CONF=" folder "/slurm.conf" { conf = 1 }
-      /^SLURM_JOB_ID=/ { job = 1 }
-      END { exit !(found || (conf && job)) }'; then
-      echo "${one#/proc/}"
-    fi
-  done
+  local of_jobs
+  mapfile -t of_jobs < <(grep -lzsxF "SLURM_CONF=$folder/slurm.conf" /proc/[0-9]*/environ)
+  {
+    grep -lzsxF "SDTRAIN_LOCAL_CLUSTER=$folder" /proc/[0-9]*/environ || true # 2 where a process went meanwhile
+    [ "${#of_jobs[@]}" = 0 ] || grep -lzs '^SLURM_JOB_ID=' "${of_jobs[@]}" || true
+  } | cut -d / -f 3 | sort -u
 }
 
-wait_until() {
-  local tries
-  for ((tries = 0; tries < 200; tries++)); do
-    if "$@"; then return; fi
+# Whether a command came true within so many seconds.
+within() {
+  local end=$((SECONDS + $1))
+  shift
+  until "$@"; do
+    [ "$SECONDS" -lt "$end" ] || return 1
     sleep 0.2
   done
-  return 1
 }
 
 no_jobs() { [ -z "$(timeout 10 squeue --noheader 2>/dev/null)" ]; }
 if ! no_jobs; then
   timeout 10 squeue --noheader --format %A | timeout 10 xargs --no-run-if-empty scancel || true
-  wait_until no_jobs || echo "stop.sh: jobs did not end in 40 s" >&2
+  within 40 no_jobs || echo "stop.sh: jobs did not end within 40 s" >&2
 fi
 
 # The newest first, so that munged outlives those who ask it.
@@ -51,14 +48,14 @@ while read -r pid began; do
   if is_ours "$pid" "$began"; then
     kill -TERM "$pid"
     gone() { ! is_ours "$pid" "$began"; }
-    wait_until gone || kill -KILL "$pid"
+    within 20 gone || kill -KILL "$pid"
   fi
 done < <(tac "$folder/pids")
 
 nothing_left() { [ -z "$(left)" ]; }
-if ! wait_until nothing_left; then
+if ! within 15 nothing_left; then
   echo "stop.sh: still there:" >&2
-  left | xargs --no-run-if-empty ps -o pid,ppid,args -p >&2
+  left | xargs --no-run-if-empty ps -o pid,ppid,args -p >&2 || true
   exit 1
 fi
 rm "$folder/pids"
