@@ -11,7 +11,6 @@ set -euo pipefail
 
 folder=$(realpath --canonicalize-missing "${1:-/tmp/sdtrain-slurm}")
 install="apt-get update && apt-get install --yes slurmctld slurmd slurm-client munge"
-port_base=${SDTRAIN_CLUSTER_PORT:-0}
 
 fail() {
   echo "start.sh: $*" >&2
@@ -29,10 +28,10 @@ export PATH=$PATH:/usr/sbin
 mkdir -p "$folder"/{state,log,spool-n1,spool-n2}
 chmod 755 "$folder" "$folder/log"
 
-# Three ports that nobody listens on, unless given as a base.
+# Three ports that nobody listens on.
 free_ports() {
   local port found=0
-  for ((port = port_base ? port_base : 20000 + RANDOM % 10000; found < 3; port++)); do
+  for ((port = 20000 + RANDOM % 10000; found < 3; port++)); do
     if ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
       echo "$port"
       found=$((found + 1))
