@@ -4,9 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help venv demo test lint bench faults full-size lock clean
+.PHONY: help venv demo test lint bench faults data-faults full-size lock clean
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(READY): requirements.lock pyproject.toml
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -33,9 +33,13 @@ lint: $(READY)  ## ruff, pyright and the layers of the house
 bench: $(READY)  ## Measure ours beside diffusers on this machine
 	$(BIN)/python -m benchmarks.unet
 
-faults: $(READY)  ## Kill and damage runs 200 times at random moments, then the other long tests; half an hour
+faults: $(READY)  ## Kill and damage runs 200 times at random moments, then the other long tests; an hour
 	$(BIN)/python -W ignore -m tests.faults.campaign --kills 200
-	$(BIN)/python -m tests.run --long
+	$(BIN)/python -m tests.run --long tests/faults tests/distributed tests/unit
+
+data-faults: $(READY)  ## Kill ingestions 50 times at random moments, then the long tests of the data; half an hour
+	$(BIN)/python -W ignore -m tests.data.kills --kills 50
+	$(BIN)/python -m tests.run --long tests/data
 
 full-size: $(READY)  ## One real ZeRO-2 step of the 859,520,964-parameter UNet in bf16
 	$(BIN)/python -m benchmarks.full_size
