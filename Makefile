@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help venv demo test lint bench faults data-faults full-size lock clean
+.PHONY: help venv demo test lint bench faults data-faults slurm-test full-size lock clean
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
@@ -40,6 +40,9 @@ faults: $(READY)  ## Kill and damage runs 200 times at random moments, then the 
 data-faults: $(READY)  ## Kill ingestions 50 times at random moments, then the long tests of the data; half an hour
 	$(BIN)/python -W ignore -m tests.data.kills --kills 50
 	$(BIN)/python -m tests.run --long tests/data
+
+slurm-test: $(READY)  ## Every fault on a real two-node Slurm of this machine (as root); a quarter of an hour
+	SDTRAIN_REQUIRE_SLURM=1 $(BIN)/python -m pytest -q tests/slurm
 
 full-size: $(READY)  ## One real ZeRO-2 step of the 859,520,964-parameter UNet in bf16
 	$(BIN)/python -m benchmarks.full_size

@@ -43,7 +43,7 @@ from sdtrain.config.ingestion import DownloadConfig
 
 MIN_RATIO = 0.95
 DISTINCT = 250
-SHARD = 100
+SHARD = 250  # img2dataset renews a process after five shards: with more of them it would pay for imports
 STOCK = """
 import sys
 from img2dataset import download
@@ -172,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], epilog="Example: python -m benchmarks.download --rounds 5"
     )
-    parser.add_argument("--images", type=int, default=2000, help="a multiple of 100")
+    parser.add_argument("--images", type=int, default=2000, help="a multiple of 250")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--threads", type=int, default=32, help="of each process")
