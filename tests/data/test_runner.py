@@ -141,7 +141,7 @@ def test_status_follows_a_run_while_it_goes_on(world, executor):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    world.run("out", executor, seconds=0.5)
+    world.run("out", executor, seconds=0.8)  # the file is written once a second
     watcher.join()
     stages = [status.stages[0] for status in seen if status.stages]
     assert {"running", "done"} <= {stage.state for stage in stages}
