@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from sdtrain.autoencoders.kl import AutoencoderKL
+from sdtrain.autoencoders.load import save_autoencoder
 from sdtrain.conditioners.text import build_tokenizer, tokenize, tokenizer_fingerprint
 from sdtrain.data.manifest import describe_shard, write_manifest
 from sdtrain.data.shard import ShardWriter
@@ -91,6 +94,22 @@ def tiny_page(folder: Path, manifest: Path, **sections: dict[str, Any]) -> Path:
     path = folder / "train.yaml"
     path.write_text("# sdtrain train train.yaml\n" + json.dumps(page), encoding="utf-8")  # JSON is YAML
     return path
+
+
+def write_tiny_autoencoder(folder: Path) -> Path:
+    """A randomly initialised autoencoder of two levels in the real format, the same every time."""
+    torch.manual_seed(0)
+    network = AutoencoderKL(
+        latent_channels=4,
+        channels=[8, 16],
+        layers_per_block=1,
+        attention_in_middle=False,
+        norm_groups=4,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+    )
+    save_autoencoder(network, folder)
+    return folder
 
 
 def free_port() -> int:

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from data_pipeline.build import stages_for
 from data_pipeline.cluster import InlineExecutor
@@ -18,8 +17,6 @@ from data_pipeline.runner import Runner
 from data_pipeline.stages import captions as captions_module
 from data_pipeline.stages.captions import SortStage, look_up
 from data_pipeline.stages.identity import to_words
-from sdtrain.autoencoders.kl import AutoencoderKL
-from sdtrain.autoencoders.load import save_autoencoder
 from sdtrain.conditioners.text import build_tokenizer, tokenize
 from sdtrain.config.curation import CaptionsConfig
 from sdtrain.config.ingestion import (
@@ -33,6 +30,7 @@ from sdtrain.config.ingestion import (
 from sdtrain.data.manifest import Manifest
 from sdtrain.data.shard import ShardReader
 from sdtrain.errors import DataError
+from tests.support import write_tiny_autoencoder
 
 LENGTH = 12
 BEFORE_CAPTIONS = ("04-download", "06-tokens", "07-encode")
@@ -75,17 +73,7 @@ def times_of(out: Path) -> dict[Path, int]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set whose captions are its own."""
     folder = tmp_path_factory.mktemp("captions")
-    torch.manual_seed(0)
-    network = AutoencoderKL(
-        latent_channels=4,
-        channels=[8, 16],
-        layers_per_block=1,
-        attention_in_middle=False,
-        norm_groups=4,
-        scaling_factor=0.5,
-        shift_factor=0.1,
-    )
-    save_autoencoder(network, folder / "autoencoder")
+    write_tiny_autoencoder(folder / "autoencoder")
     run(page(folder / "out"))
     return folder / "out"
 

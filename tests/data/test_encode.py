@@ -19,29 +19,18 @@ from data_pipeline.cluster import InlineExecutor
 from data_pipeline.runner import Runner
 from data_pipeline.stage import Unit
 from data_pipeline.stages.encode import Encoder, EncodeStage, autoencoder_facts, describe, summarize
-from sdtrain.autoencoders.kl import AutoencoderKL
 from sdtrain.autoencoders.load import load_autoencoder, save_autoencoder
 from sdtrain.config.ingestion import EncodeConfig
 from sdtrain.data.shard import ShardReader, ShardWriter
 from sdtrain.errors import ConfigError, DataError
+from tests.support import write_tiny_autoencoder
 
 SIZE = 16
 
 
 @pytest.fixture
 def autoencoder(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    network = AutoencoderKL(
-        latent_channels=4,
-        channels=[8, 16],
-        layers_per_block=1,
-        attention_in_middle=False,
-        norm_groups=4,
-        scaling_factor=0.5,
-        shift_factor=0.1,
-    )
-    save_autoencoder(network, tmp_path / "autoencoder")
-    return tmp_path / "autoencoder"
+    return write_tiny_autoencoder(tmp_path / "autoencoder")
 
 
 def jpeg(seed: int, size: tuple[int, int] = (SIZE, SIZE)) -> bytes:

@@ -118,7 +118,9 @@ def train(faults: dict[tuple[int, int], Fault], steps: list[int], **settings: An
 
 
 def scenarios() -> dict[str, Any]:
-    nan: Fault = lambda losses: losses * float("nan")  # noqa: E731
+    def nan(losses: Tensor) -> Tensor:
+        return losses * float("nan")
+
     sick = {(1, 0): nan, (2, 1): starve, (4, 0): starve, (5, 1): nan}
     rows: dict[str, Any] = {}
     starving = sick | {(1, 0): Starving.apply, (5, 1): Starving.apply}
