@@ -30,6 +30,9 @@ def start_private(workers: int, memory_per_worker_bytes: int | None) -> None:
     """
     _set_environment()
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else Ray listens on every interface
+    # Else the raylet answers its driver only once as many workers have registered as it has CPUs, and waits for ever
+    # for one that has died or was too slow (ray-project/ray#40131), while the driver holds the GIL.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     if token_source() is None:  # Ray would leave one in the home folder, readable by everybody
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray

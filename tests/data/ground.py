@@ -333,7 +333,11 @@ def raylet_of(driver: int) -> int | None:
 
 
 def workers_of(driver: int) -> list[int]:
-    """The workers of that raylet; its two agents are none."""
+    """The workers of that raylet, also those that are still starting; its two agents are none."""
     raylet = raylet_of(driver)
-    found = [] if raylet is None else children(raylet)
-    return [pid for pid in found if command_line(pid).startswith("ray::") and "Agent" not in command_line(pid)]
+    return [] if raylet is None else [pid for pid in children(raylet) if is_worker(command_line(pid))]
+
+
+def is_worker(command: str) -> bool:
+    """Whether a raylet's child is a worker."""
+    return "default_worker.py" in command or (command.startswith("ray::") and "Agent" not in command)

@@ -41,6 +41,8 @@ def main(grounds: Grounds) -> None:
     watched = kills.Watched(run)
     watched.look()
     start = run.start("download", prepare=kills.plant_a_torn_row(run, "ledger.jsonl", 4))
+    kills.follow(run, start, lambda: bool(workers_of(start.pid)))
+    os.kill(workers_of(start.pid)[0], signal.SIGKILL)  # one that Ray does not know of yet
     kills.follow(run, start, lambda: len(Ledger(run.output / DOWNLOAD).commits()) > 0)
     os.kill(workers_of(start.pid)[0], signal.SIGKILL)
     assert start.wait(120) == -signal.SIGKILL, run.tail()
