@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.stage import in_number_order
 from sdtrain.run_dir import append_json_line, read_json_lines, write_atomically
 
 _BLOCK_BYTES = 1 << 20
@@ -109,8 +110,8 @@ class Ledger:
             self._commits[row["unit"]] = Commit(**row)
 
     def commits(self) -> dict[str, Commit]:
-        """The commit of every unit, by unit."""
-        return dict(sorted(self._commits.items()))
+        """The commit of every unit, by unit, in the units' order."""
+        return {unit: self._commits[unit] for unit in sorted(self._commits, key=in_number_order)}
 
     def get(self, unit: str) -> Commit | None:
         """The commit of one unit, if it has one."""

@@ -42,6 +42,7 @@ Rules for workers:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,19 @@ from typing import Any, Protocol
 from rich.console import RenderableType
 
 from sdtrain.errors import DataError
+
+
+def unit_name(index: int) -> str:
+    """A unit's number as it stands in file names: `00000`, and `100000` after `99999`.
+
+    So names of different length sort wrongly as text; `numbered_files` and `in_number_order` sort by the number.
+    """
+    return f"{index:05d}"
+
+
+def in_number_order(name: str) -> tuple[int, str]:
+    """Sorting key for names of units."""
+    return len(name), name
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +82,8 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The number as it stands in file names: `00000`."""
-        return f"{self.index:05d}"
+        """The number as it stands in file names."""
+        return unit_name(self.index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +149,13 @@ class Stage(Protocol):
 
 
 def numbered_files(folder: Path, suffix: str) -> list[Path]:
-    """`00000<suffix>`, `00001<suffix>`, ... of a folder, in order."""
-    return sorted(path for path in folder.glob(f"*{suffix}") if path.name.removesuffix(suffix).isdecimal())
+    """`00000<suffix>`, `00001<suffix>`, ... of a folder in the order of their numbers; none where it is missing."""
+    try:
+        with os.scandir(folder) as entries:  # a Path for each of a million names would take seconds
+            numbers = [entry.name.removesuffix(suffix) for entry in entries if entry.name.endswith(suffix)]
+    except FileNotFoundError:
+        return []
+    return [folder / f"{number}{suffix}" for number in sorted(filter(str.isdecimal, numbers), key=in_number_order)]
 
 
 def one_to_one(folder: Path, suffix: str) -> list[Unit]:

@@ -28,7 +28,7 @@ from data_pipeline.layout import shapes_of
 from data_pipeline.sources.laion import ALIASES, TableWriter
 from data_pipeline.sources.shards import ForeignShard, Place, RejectedError, Sample, find_shards, read_member
 from data_pipeline.sources.tables import RemoteTable
-from data_pipeline.stage import Needs, Unit, Work, one_to_one
+from data_pipeline.stage import Needs, Unit, Work, one_to_one, unit_name
 from data_pipeline.stages.download import Part, limit_memory, read_part, sample_fields
 from data_pipeline.transport import body_digests
 from data_pipeline.transport_policy import Reason, RefusedError, check_image, url_sha256
@@ -224,7 +224,7 @@ class AdoptStage:
         reasons = sum((Counter(row["reasons"]) for row in stats), Counter[str]())
         summary = {
             "shards": len(stats),
-            "empty_shards": [f"{index:05d}" for index, row in enumerate(stats) if row["stored"] == 0],
+            "empty_shards": [unit_name(index) for index, row in enumerate(stats) if row["stored"] == 0],
             "rows": reasons.total(),
             "stored": reasons[SUCCESS],
             "reasons": dict(reasons.most_common()),
@@ -306,7 +306,7 @@ class _Tar:
     """
 
     def __init__(self, tables: Path, number: int):
-        card = json.loads((tables / f"{number:05d}.json").read_text(encoding="utf-8"))
+        card = json.loads((tables / f"{unit_name(number)}.json").read_text(encoding="utf-8"))
         names = ["tar_key", "tar_offset", "tar_size"]
         self._path, self._source = tables / card["tar"], card["source"]
         self._places = pq.read_table(tables / card["file"], columns=names).to_pydict()

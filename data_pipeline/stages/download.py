@@ -40,7 +40,7 @@ from data_pipeline.block_lists import read_blocked_bytes, read_blocked_urls
 from data_pipeline.engine import INTERNAL_ERROR, SUCCESS, Arrived, Collector, run_engine
 from data_pipeline.layout import shapes_of
 from data_pipeline.ledger import Commit, Ledger, sha256_file
-from data_pipeline.stage import Needs, Unit, Work, one_to_one
+from data_pipeline.stage import Needs, Unit, Work, one_to_one, unit_name
 from data_pipeline.transport import HardenedOpener
 from data_pipeline.transport_policy import TransportPolicy, is_permanent, url_sha256
 from sdtrain.config.ingestion import DownloadConfig
@@ -192,7 +192,7 @@ class DownloadStage:
         rows, stored = sum(row["rows"] for row in stats), reasons[SUCCESS]
         summary = {
             "shards": len(stats),
-            "empty_shards": [f"{index:05d}" for index, row in enumerate(stats) if row["stored"] == 0],
+            "empty_shards": [unit_name(index) for index, row in enumerate(stats) if row["stored"] == 0],
             "rows": rows,
             "stored": stored,
             "success_rate": round(stored / rows, 4) if rows else None,

@@ -51,6 +51,13 @@ def test_the_last_row_of_a_unit_counts(tmp_path):
     assert read.get("00001") is None
 
 
+def test_commits_come_in_the_order_of_their_numbers_beyond_five_digits(tmp_path):
+    ledger = Ledger(tmp_path)
+    for unit in ("100000", "99999", "00001"):
+        ledger.add(replace(COMMIT, unit=unit))
+    assert list(Ledger(tmp_path).commits()) == ["00001", "99999", "100000"]
+
+
 def test_rows_of_another_layout_are_left_out(tmp_path):
     (tmp_path / "ledger.jsonl").write_text('{"unit": "00000", "sha": "x"}\n[1]\n{"torn": \n')
     assert Ledger(tmp_path).commits() == {}
