@@ -318,10 +318,11 @@ def current(run: Run) -> str:
 
 
 def follow(run: Run, start: Start, is_enough: Callable[[], bool]) -> str:
-    """Wait until it is enough, or the start has ended; the last stage that was seen."""
+    """Wait until it is enough, or the start has ended; the last stage that was seen. Kills what stands still."""
     stage, deadline = "start", time.monotonic() + LIMIT_SECONDS
     while start.poll() is None and not is_enough():
         if time.monotonic() > deadline:
+            os.kill(start.pid, signal.SIGKILL)
             raise Broken(f"a start in stage {stage} stands still:\n{run.tail()}")
         stage = current(run) or stage
         time.sleep(0.01)
