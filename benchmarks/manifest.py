@@ -43,7 +43,7 @@ def write_data_set(folder: Path, *, shards: int, samples_per_shard: int, buckets
         latent_side: Height and width of the moments.
     """
     names: list[str | None] = [None] if buckets == 1 else [f"bucket-{number}" for number in range(buckets)]
-    base = _write_base(folder, samples_per_shard, latent_side)
+    base = write_base(folder / "base.tar", samples_per_shard, latent_side)
     described = describe_shard(base, split="train", folder=folder)
     (folder / "shards").mkdir()
     entries = list(_link(folder, base, described, names, shards))
@@ -51,17 +51,18 @@ def write_data_set(folder: Path, *, shards: int, samples_per_shard: int, buckets
     return write_manifest(folder / "manifest.json", entries, fingerprint={}, field_shapes=shapes)
 
 
-def _write_base(folder: Path, samples: int, latent_side: int) -> Path:
+def write_base(path: Path, samples: int, latent_side: int) -> Path:
+    """One shard as the encoding writes it."""
     random = np.random.Generator(np.random.Philox(SEED))
     moments = random.standard_normal((8, latent_side, latent_side)).astype(np.float16)
     tokens = np.arange(77, dtype=np.uint16)
-    with ShardWriter(folder / "base.tar") as writer:
+    with ShardWriter(path) as writer:
         for number in range(samples):
             name = hashlib.sha256(str(number).encode()).hexdigest()[:32]
             facts = {"caption": f"caption {number}", "split": "train", "url_sha256": name}
             fields = {"moments.npy": moments, "tokens.npy": tokens, "txt": f"caption {number}", "json": facts}
             writer.write(name, fields)
-    return folder / "base.tar"
+    return path
 
 
 def _link(

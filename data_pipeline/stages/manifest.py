@@ -19,7 +19,11 @@ from sdtrain.data.shard import ShardReader
 from sdtrain.errors import DataError
 from sdtrain.run_dir import sync_folder, write_atomically
 
+SHARDS_AT_ONCE = 1000
+"""In one list: a worker holds a few hundred bytes of each, and reads a hundred kilobytes of sidecar."""
+
 _INDEX = ".tar.index.json"
+_LIST = ".shards.json"
 
 
 class Maker(Protocol):
@@ -34,8 +38,8 @@ class Maker(Protocol):
 class ManifestStage:
     """One manifest over all shards of a folder; shards without a sample are left out.
 
-    The unit lists the shards; the driver then writes the manifest. A manifest that said something else is kept
-    under another name: its shards were replaced, so it can no longer be trained on.
+    A unit lists a thousand shards; from the lists the driver then writes the manifest. A manifest that said something
+    else is kept under another name: its shards were replaced, so it can no longer be trained on.
 
     Attributes:
         name: `images` or `manifest`.
@@ -63,7 +67,7 @@ class ManifestStage:
         return {"fingerprint": merged} | ({"bucketed": True} if self.bucketed else {})
 
     def units(self) -> Sequence[Unit]:
-        """One, made from all sidecars: they hold their tars' digests.
+        """One for each thousand shards, made from their sidecars: they hold their tars' digests.
 
         Raises:
             DataError: There is no shard.
@@ -71,7 +75,8 @@ class ManifestStage:
         indexes = numbered_files(self.source, _INDEX)
         if not indexes:
             raise DataError(f"{self.source} holds no shard; run the stage that writes them first")
-        return [Unit(0, tuple(indexes))]
+        starts = range(0, len(indexes), SHARDS_AT_ONCE)
+        return [Unit(number, tuple(indexes[start : start + SHARDS_AT_ONCE])) for number, start in enumerate(starts)]
 
     def worker(self) -> Work:
         """List the shards."""
@@ -80,12 +85,8 @@ class ManifestStage:
             shards = [path.with_name(path.name.removesuffix(".index.json")) for path in unit.inputs]
             listed = (list_shard(path, self.target.parent, bucketed=self.bucketed) for path in shards)
             entries = [entry for entry in listed if entry is not None]
-            if not entries:
-                raise DataError(
-                    f"{self.source}: not one of {len(shards)} shards holds a sample; see summary.json there"
-                )
             text = json.dumps([asdict(entry) for entry in entries], indent=1, sort_keys=True)
-            (folder / f"{unit.name}.shards.json").write_text(text + "\n", encoding="utf-8")
+            (folder / f"{unit.name}{_LIST}").write_text(text + "\n", encoding="utf-8")
             counts = Counter[str]()
             for entry in entries:
                 counts[entry.split] += entry.num_samples
@@ -98,14 +99,25 @@ class ManifestStage:
         return work
 
     def report(self, stats: Sequence[Mapping[str, Any]]) -> str:
-        """Write the manifest where it is missing or says something else."""
-        rows = json.loads((self.folder / "00000.shards.json").read_text(encoding="utf-8"))
-        entries = [ShardEntry(**(row | {"fields": tuple(row["fields"])})) for row in rows]
-        text = publish(self.target, entries, self.config_facts()["fingerprint"])
+        """Write the manifest where it is missing or says something else.
+
+        Raises:
+            DataError: No shard holds a sample.
+        """
+        count, empty = (sum(row[name] for row in stats) for name in ("shards", "empty"))
+        if not count:
+            raise DataError(f"{self.source}: not one of {empty} shards holds a sample; see summary.json there")
+        text = publish(self.target, self._entries(), self.config_facts()["fingerprint"])
         masked = take_down_again(self.target, Console(quiet=True))
         text += f"; {masked}" if masked else ""
-        samples = ", ".join(f"{count:,} {split}" for split, count in stats[0]["samples"].items())
-        return f"{self.name}: {samples} samples in {stats[0]['shards']} shards; {text}"
+        totals = sum((Counter(row["samples"]) for row in stats), Counter[str]())
+        samples = ", ".join(f"{total:,} {split}" for split, total in sorted(totals.items()))
+        return f"{self.name}: {samples} samples in {count} shards; {text}"
+
+    def _entries(self) -> list[ShardEntry]:
+        """What all lists say."""
+        rows = (json.loads(path.read_text(encoding="utf-8")) for path in numbered_files(self.folder, _LIST))
+        return [ShardEntry(**(row | {"fields": tuple(row["fields"])})) for part in rows for row in part]
 
 
 def list_shard(path: Path, folder: Path, *, bucketed: bool = False) -> ShardEntry | None:
@@ -117,12 +129,12 @@ def list_shard(path: Path, folder: Path, *, bucketed: bool = False) -> ShardEntr
     with ShardReader(path) as reader:
         if len(reader) == 0:
             return None
-        facts = reader.decode(0, "json")
+        facts, index = reader.decode(0, "json"), reader.index
     split = facts.get("split")
     if not isinstance(split, str) or not split:
         raise DataError(f"{path}: json of the first sample has split {split!r}; expected 'train' or 'validation'")
     bucket = bucket_of(facts, f"{path}: the first sample") if bucketed else None
-    return describe_shard(path, split=split, folder=folder, bucket=bucket)
+    return describe_shard(path, split=split, folder=folder, bucket=bucket, index=index)
 
 
 def publish(target: Path, entries: Sequence[ShardEntry], fingerprint: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdtrain.data.shard import ShardReader, index_path, read_index
+from sdtrain.data.shard import ShardIndex, ShardReader, index_path, read_index
 from sdtrain.data.shard_cache import ShardCache
 from sdtrain.data.storage import Location, RemoteFolder, is_url, read_beside
 from sdtrain.data.takedown import Takedown, read_takedown
@@ -60,7 +60,9 @@ class ShardEntry:
         return row if self.bucket is None else row | {"bucket": self.bucket}
 
 
-def describe_shard(path: Path, *, split: str, folder: Path, bucket: str | None = None) -> ShardEntry:
+def describe_shard(
+    path: Path, *, split: str, folder: Path, bucket: str | None = None, index: ShardIndex | None = None
+) -> ShardEntry:
     """The entry of a written shard, from its sidecar; the tar itself is not read again.
 
     Args:
@@ -68,11 +70,12 @@ def describe_shard(path: Path, *, split: str, folder: Path, bucket: str | None =
         split: What it is for.
         folder: Where the manifest will stand.
         bucket: Name of its samples' size, where the data set has several.
+        index: Its sidecar, where that has been read already.
 
     Raises:
         DataError: No valid sidecar, or the shard is not below the folder.
     """
-    index = read_index(path)
+    index = read_index(path) if index is None else index
     try:
         relative = path.resolve().relative_to(folder.resolve())
     except ValueError as error:

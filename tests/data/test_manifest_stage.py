@@ -121,3 +121,28 @@ def test_a_sample_must_say_its_split(tmp_path: Path) -> None:
     path = write_shard(tmp_path, 0, 1, split=None)
     with pytest.raises(DataError, match=r"has split None; expected 'train' or 'validation'"):
         list_shard(path, tmp_path)
+
+
+def test_many_shards_are_listed_in_parts_and_only_the_part_that_changed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(5):
+        write_shard(tmp_path, index, index % 3, "validation" if index == 4 else "train")
+    run(tmp_path, stage_for(tmp_path))
+    whole = (tmp_path / "manifest.json").read_bytes()
+    monkeypatch.setattr("data_pipeline.stages.manifest.SHARDS_AT_ONCE", 2)
+    (tmp_path / "manifest.json").unlink()
+    shown = run(tmp_path, stage_for(tmp_path))
+    assert (tmp_path / "manifest.json").read_bytes() == whole
+    assert sorted(path.name for path in (tmp_path / "07-manifest").glob("*.shards.json")) == [
+        "00000.shards.json",
+        "00001.shards.json",
+        "00002.shards.json",
+    ]
+    assert "manifest: 3 train, 1 validation samples in 3 shards; wrote" in shown
+    write_shard(tmp_path, 2, 2, shift=5)
+    shown = run(tmp_path, stage_for(tmp_path))
+    assert "manifest: 2 of 3 up to date; 1 with changed input" in shown and "the one before is" in shown
+    (tmp_path / "latents" / "00004.tar.index.json").unlink()
+    assert "manifest: 2 of 2 up to date; 1 obsolete, to be removed" in run(tmp_path, stage_for(tmp_path))
+    assert {shard.split for shard in Manifest.load(tmp_path / "manifest.json").shards} == {"train"}
