@@ -1,8 +1,8 @@
 """WebDataset shards that somebody else made: where they lie, and what their samples say of themselves.
 
 Nothing in them is trusted. A tar is never extracted: members are read by offset, and links, duplicates, absolute names
-and `..` make the whole tar be refused (`sdtrain.data.shard.scan_tar`). Of a sample only the picture, `txt` and `json`
-are looked at; pictures by their header alone.
+and `..` make the whole tar be refused (`sdtrain.data.shard.survey_tar`); entries for folders, as `tar` adds them, are
+passed over. Of a sample only the picture, `txt` and `json` are looked at; pictures by their header alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from data_pipeline.image_header import read_header
 from data_pipeline.sources.laion import ALIASES
 from data_pipeline.sources.tables import RemoteTable, find_files
-from sdtrain.data.shard import ABSENT, ShardIndex, scan_tar
+from sdtrain.data.shard import ABSENT, ShardIndex, survey_tar
 from sdtrain.errors import DataError
 
 PICTURE_FIELDS = ("jpg", "jpeg", "png", "webp")
@@ -85,15 +85,21 @@ class ForeignShard:
         source: What messages call it.
         max_bytes: Largest picture.
 
+    Attributes:
+        num_folders: Entries for folders in it.
+
     Raises:
         DataError: Unreadable, or members that no honest tool writes.
     """
+
+    _index: ShardIndex
+    num_folders: int
 
     def __init__(self, path: Path, source: str, max_bytes: int):
         self._path = path
         self._max_bytes = max_bytes
         try:
-            self._index: ShardIndex = scan_tar(path)
+            self._index, self.num_folders = survey_tar(path)
         except DataError as error:
             text = str(error).replace(str(path), source)
             raise DataError(f"{text}; take this tar out of source.shards, or write it anew with webdataset") from None

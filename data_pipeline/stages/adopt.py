@@ -86,7 +86,7 @@ class ShardTablesStage:
                 remote = RemoteTable(**unit.facts["remote"])
                 tar, source = f"{unit.name}.tar", remote.url
                 remote.fetch(folder / tar)
-            samples, rejected = _samples_of(folder / tar, source, self.max_bytes)
+            samples, rejected, folders = _samples_of(folder / tar, source, self.max_bytes)
             size, columns = (folder / tar).stat().st_size, {}
             if samples:  # a tar of which nothing can be taken has no card: the stages after it do not see it
                 names = _write_table(folder / f"{unit.name}.parquet", samples, unit.index)
@@ -101,7 +101,8 @@ class ShardTablesStage:
                     "present": names,
                 }
                 (folder / f"{unit.name}.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-            counts = {"rows": len(samples), "rejected": dict(sorted(rejected.items()))}
+            counts: dict[str, Any] = {"rows": len(samples), "rejected": dict(sorted(rejected.items()))}
+            counts |= {"folders": folders} if folders else {}
             return {"source": source, "bytes": size, "columns": columns, **counts}
 
         return work
@@ -113,10 +114,12 @@ class ShardTablesStage:
             DataError: Nothing can.
         """
         rejected = sum((Counter(row["rejected"]) for row in stats), Counter[str]())
-        rows = sum(row["rows"] for row in stats)
+        rows, folders = sum(row["rows"] for row in stats), sum(row.get("folders", 0) for row in stats)
         summary = {"shards": len(stats), "samples": rows + rejected.total(), "rows": rows, "rejected": dict(rejected)}
+        summary |= {"folders": folders} if folders else {}
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         words = "".join(f", {count:,} {reason}" for reason, count in sorted(rejected.items()))
+        words += f", {folders:,} folder entries passed over" if folders else ""
         if not rows:
             raise DataError(
                 f"source.shards: {self.shards}: {len(stats)} tars without a sample that can be taken{words}; a sample "
@@ -125,8 +128,8 @@ class ShardTablesStage:
         return f"metadata: {rows:,} samples in {len(stats)} shards{words}"
 
 
-def _samples_of(tar: Path, source: str, max_bytes: int) -> tuple[list[Sample], Counter[str]]:
-    """The samples that can be taken, and how many cannot, by reason.
+def _samples_of(tar: Path, source: str, max_bytes: int) -> tuple[list[Sample], Counter[str], int]:
+    """The samples that can be taken, how many cannot by reason, and how many entries for folders stand between them.
 
     They are sorted by key: img2dataset writes them as they arrive, under keys that count the rows of its table.
     """
@@ -140,7 +143,7 @@ def _samples_of(tar: Path, source: str, max_bytes: int) -> tuple[list[Sample], C
                 rejected[str(error)] += 1
     finally:
         shard.close()
-    return sorted(samples, key=lambda sample: sample.key), rejected
+    return sorted(samples, key=lambda sample: sample.key), rejected, shard.num_folders
 
 
 def _write_table(path: Path, samples: Sequence[Sample], number: int) -> list[str]:

@@ -128,14 +128,22 @@ def _check_member(member: tarfile.TarInfo, end: int, source: Path) -> None:
     name = member.name
     if member.size < 0 or member.offset_data < end:
         raise DataError(f"{source}: member {name!r} claims {member.size} bytes at {member.offset_data}; damaged header")
-    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+    is_file = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+    if not is_file and not _is_folder(member):
         raise DataError(f"{source}: member {name!r} is no regular file (type {member.type!r}); no links, no holes")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise DataError(f"{source}: member {name!r} has an absolute name or '..' in it")
+    if not is_file:
+        return
     key, field = _split_name(name)
     if not key.rpartition("/")[2] or not field or not name.isprintable():
         raise DataError(f"{source}: member {name!r} has no key and field; names look like 'key.field'")
+
+
+def _is_folder(member: tarfile.TarInfo) -> bool:
+    """An entry for a folder, as `tar` adds them; one that claims to hold bytes is none."""
+    return member.isdir() and member.size == 0
 
 
 def _members(source: Path) -> Iterator[tarfile.TarInfo]:
@@ -182,15 +190,30 @@ def scan_tar(path: Path) -> ShardIndex:
     """Read a tar through and say where everything lies; any tar, also one that we did not write.
 
     Raises:
-        DataError: Links, devices, folders, absolute names, `..`, duplicates, a sample in two places, damage.
+        DataError: As `survey_tar`.
+    """
+    return survey_tar(path)[0]
+
+
+def survey_tar(path: Path) -> tuple[ShardIndex, int]:
+    """Where everything lies in a tar, and how many entries for folders stand between; they are passed over.
+
+    A file `folder/000.jpg` is the field `jpg` of the sample `folder/000`, as in webdataset.
+
+    Raises:
+        DataError: Links, devices, absolute names, `..`, duplicates, a sample in two places, damage.
     """
     keys: list[str] = []
     rows: list[dict[str, tuple[int, int, int]]] = []
     seen: set[str] = set()
+    num_folders = 0
     try:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             for member in _members(path):
+                if _is_folder(member):
+                    num_folders += 1
+                    continue
                 key, field = _split_name(member.name)
                 if not keys or key != keys[-1]:
                     if key in seen:
@@ -205,7 +228,7 @@ def scan_tar(path: Path) -> ShardIndex:
             size_bytes = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise DataError(f"{path}: cannot read the shard: {error}") from error
-    return ShardIndex(sha256=sha256, size_bytes=size_bytes, keys=keys, fields=_columns(rows))
+    return ShardIndex(sha256=sha256, size_bytes=size_bytes, keys=keys, fields=_columns(rows)), num_folders
 
 
 def _columns(rows: list[dict[str, tuple[int, int, int]]]) -> dict[str, FieldIndex]:

@@ -23,6 +23,7 @@ from sdtrain.data.shard import (
     index_path,
     read_index,
     scan_tar,
+    survey_tar,
 )
 from sdtrain.errors import DataError
 
@@ -186,7 +187,8 @@ def test_an_empty_shard_is_a_shard(tmp_path: Path):
         (member("b.txt", pax_headers={"GNU.sparse.map": "0,1", "GNU.sparse.size": "9"}), r"'b.txt' is no regular file"),
         (member("b.txt", b"", type=tarfile.FIFOTYPE), r"'b.txt' is no regular file"),
         (member("b.txt", b"", type=tarfile.CHRTYPE), r"'b.txt' is no regular file"),
-        (member("folder", b"", type=tarfile.DIRTYPE), r"'folder' is no regular file"),
+        (member("folder", b"x" * 9, type=tarfile.DIRTYPE), r"'folder' is no regular file"),
+        (member("../folder", b"", type=tarfile.DIRTYPE), r"'../folder' has an absolute name or '..' in it"),
         (member("/etc/b.txt"), r"'/etc/b.txt' has an absolute name or '..' in it"),
         (member("a/../../b.txt"), r"'a/../../b.txt' has an absolute name or '..' in it"),
         (member("../b.txt"), r"has an absolute name or '..' in it"),
@@ -201,6 +203,15 @@ def test_hostile_members_are_refused(tmp_path: Path, hostile: tuple[tarfile.TarI
     with pytest.raises(DataError, match=r"foreign.tar: .*" + text):
         build_index(path)
     assert not index_path(path).exists()
+
+
+def test_folders_are_passed_over_and_counted_and_stay_in_the_keys(tmp_path: Path):
+    folders = [member(name, b"", type=tarfile.DIRTYPE) for name in ("./", "dir.v2/")]
+    files = [member("dir.v2/a.txt"), member("dir.v2/a.seg.png"), member("b.txt")]
+    index, num_folders = survey_tar(write_tar(tmp_path / "foreign.tar", folders[0], *files[:2], folders[1], files[2]))
+    assert num_folders == 2 and index.keys == ["dir.v2/a", "b"] and sorted(index.fields) == ["seg.png", "txt"]
+    plain = write_tar(tmp_path / "plain.tar", *files)
+    assert survey_tar(plain) == (build_index(plain), 0)
 
 
 def test_a_sample_in_two_places_is_refused(tmp_path: Path):
