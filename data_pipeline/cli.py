@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from data_pipeline import cli_datasets
-from sdtrain.errors import SdtrainError
+from sdtrain.errors import ExitCode, SdtrainError
 
 if TYPE_CHECKING:
     from data_pipeline.runner import Runner
@@ -24,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn raw web metadata into training shards: filter, deduplicate, download, tokenize, encode.",
     epilog="Exit codes: 0 done, 1 bug, 2 config, 3 data (failed shards are listed in OUT/dead_letter.json), 6 Ray is "
-    "gone, 8 storage.",
+    "gone, 8 storage, 85 told to leave by USR1, 130 interrupted.",
     **PLAIN,
 )
 
@@ -46,6 +49,8 @@ def run(
     settings: Settings = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Run all stages up to this one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and why, and stop.")] = False,
+    await_nodes: Annotated[str | None, typer.Option(hidden=True, help="Start when these are in the cluster.")] = None,
+    await_seconds: Annotated[float, typer.Option(hidden=True, help="How long to wait for them.")] = 300.0,
 ) -> None:
     """Bring a data set up to date: only what is missing or out of date is done."""
     overrides = [word for word in words or () if "=" in word]
@@ -63,7 +68,12 @@ def run(
         if dry_run:
             _print_plans(runner, [stage for stage in stages if stage.name in chosen], stages)
         else:
-            _run(runner, stages, wanted)
+            with _interruptible():
+                if await_nodes is not None and page.runner.address is not None:
+                    from data_pipeline.ray_nodes import wait_for_nodes
+
+                    wait_for_nodes(page.runner.address, await_nodes.split(","), await_seconds)
+                runner.run(stages, wanted)
             if "manifest" in chosen:
                 from data_pipeline.card import write_card
 
@@ -85,8 +95,8 @@ def plan(
 
     stages = plan_stages(page)
     console = Console()
-    with executor_for(page) as executor:
-        _run(runner_for(page, executor, Console(quiet=True) if as_json else console), stages, ())
+    with executor_for(page) as executor, _interruptible():
+        runner_for(page, executor, Console(quiet=True) if as_json else console).run(stages)
     found = forecast(page)
     if as_json:
         typer.echo(to_json(found), nl=False)
@@ -154,13 +164,23 @@ def _up_to(stages: Sequence[Stage], until: str | None) -> Sequence[Stage]:
     return stages[: max(index for index, stage in enumerate(stages) if stage.name in last) + 1]
 
 
-def _run(runner: Runner, stages: Sequence[Stage], wanted: Sequence[str]) -> None:
-    """Run, and say after an interrupt how to go on (typer itself would end without a word)."""
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Say after an interrupt or USR1 how to go on (typer itself would end without a word), and exit by it."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would cut short what the first began
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGUSR1, leave)
     try:
-        runner.run(stages, wanted)
-    except KeyboardInterrupt:
-        typer.echo("sdtrain-data: interrupted; what is committed stays, run again to go on", err=True)
-        raise typer.Exit(130) from None
+        yield
+    except KeyboardInterrupt as interrupt:
+        why = f"{interrupt}" or "interrupted"
+        typer.echo(f"sdtrain-data: {why}; what is committed stays, run again to go on", err=True)
+        raise typer.Exit(int(ExitCode.REQUEUE) if interrupt.args else 130) from None
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _load(config: Path, overrides: Sequence[str]) -> IngestionConfig:

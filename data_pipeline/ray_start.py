@@ -65,7 +65,7 @@ def join_cluster(address: str) -> None:
     """
     where = f"runner.address: {address!r}"
     try:
-        _probe(address)
+        probe(address)
     except OSError as error:
         raise ConfigError(f"{where}: no Ray cluster answers ({error}); {_HOW_TO_START}") from None
     _set_environment()
@@ -123,7 +123,7 @@ def token_advice(source: str | None) -> str:
     return f"the cluster refuses the token from {source}: compare it with `ray get-auth-token` on the head"
 
 
-def _probe(address: str) -> None:
+def probe(address: str) -> None:
     """Fail within seconds where `host:port` does not answer; Ray itself would wait for minutes.
 
     Raises:
