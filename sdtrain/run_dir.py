@@ -248,8 +248,11 @@ class RunDir:
     def leave_word(self, outcome: Exit) -> bool:
         """Record an unplanned end, in `exit.json` and the ledger, unless this attempt's first cause stands already.
 
-        A rank that merely lost a peer gives way to what the peer died of. Returns whether `outcome` stands now.
+        A rank that merely lost a peer gives way to what the peer died of. A node that comes back with an attempt that
+        others have followed has nothing to say any more. Returns whether `outcome` stands now.
         """
+        if self._is_followed(outcome.attempt):
+            return False
         standing = self.read_exit()
         if standing is not None and standing.attempt == outcome.attempt:
             is_cause = standing.code == ExitCode.HANG and outcome.code != ExitCode.HANG
@@ -258,6 +261,11 @@ class RunDir:
         self.write_exit(outcome)
         self.log("end", **{name: value for name, value in asdict(outcome).items() if name != "time"})
         return True
+
+    def _is_followed(self, attempt: str) -> bool:
+        """Whether a later attempt has begun in this folder."""
+        begun = [row.get("attempt") for row in read_json_lines(self.ledger) if row.get("event") == "start"]
+        return attempt in begun and begun[-1] != attempt
 
     def read_exit(self) -> Exit | None:
         """How the newest attempt ended; None where it left no word, which means a crash."""

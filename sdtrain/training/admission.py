@@ -73,15 +73,22 @@ def occupy(folder: RunDir, lease: Lease, *, begins: bool = False) -> None:
     """Keep other starts of a run out of its folder from now on, or be kept out; collective, rank 0 holds the lease.
 
     Raises:
-        Refused: Another attempt is alive in this folder.
+        Refused: Another attempt is alive in this folder. With REQUEUE if it is an earlier start of the same Slurm job,
+            as when a node was cut off: its watchdogs end it, so that a later start finds the folder free.
     """
     holder = lease.take(begins=begins) if distributed.ranks().is_main else None
     holder = distributed.broadcast_object(holder)
+    if holder is not None and holder.is_of_this_job:
+        raise Refused(
+            ExitCode.REQUEUE,
+            f"run_dir = {folder.path}: {holder.words}: an earlier start of this job, which the scheduler took for "
+            "ended. Start this job again later; if that process never ends, end it there; nothing was touched",
+        )
     if holder is not None:
         raise Refused(
             ExitCode.PREFLIGHT,
-            f"run_dir = {folder.path}: {holder}. Wait for its end or stop it (`touch {folder.path / 'STOP'}`), then "
-            "start again, or give another run_dir; nothing was touched",
+            f"run_dir = {folder.path}: {holder.words}. Wait for its end or stop it (`touch {folder.path / 'STOP'}`), "
+            "then start again, or give another run_dir; nothing was touched",
         )
 
 

@@ -12,11 +12,13 @@ import fcntl
 import json
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+from sdtrain.training.peers import host_name
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +26,19 @@ PATIENCE_SECONDS = 60.0
 """How long a start waits for the attempt before it to be gone: as long as a node takes to be missed."""
 _POLL_SECONDS = 0.5
 _HELD = (errno.EACCES, errno.EAGAIN)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who has the lease.
+
+    Attributes:
+        words: For the user.
+        is_of_this_job: Whether it is an earlier start of the Slurm job that asks.
+    """
+
+    words: str
+    is_of_this_job: bool = False
 
 
 class Lease:
@@ -50,7 +65,7 @@ class Lease:
         self._on_wait = on_wait
         self._handle: int | None = None
 
-    def take(self, *, begins: bool) -> str | None:
+    def take(self, *, begins: bool) -> Holder | None:
         """Lock the file, waiting for another holder to end.
 
         Args:
@@ -58,7 +73,7 @@ class Lease:
                 the file from being opened is for others to say.
 
         Returns:
-            None once the lock is held or nothing is there to lock; else who holds it, for the user.
+            None once the lock is held or nothing is there to lock; else who holds it.
 
         Raises:
             OSError: The file cannot be made.
@@ -77,11 +92,11 @@ class Lease:
             self._sign()
         return None
 
-    def _keep(self, handle: int, *, must_be_new: bool) -> str | None:
+    def _keep(self, handle: int, *, must_be_new: bool) -> Holder | None:
         """Hold the file from now on, or say why not; a file that appeared since the first look belongs to another."""
         problem = None if self._got(handle) else _holder(handle)
         if problem is None and must_be_new and os.fstat(handle).st_size > 0:
-            problem = "another start took this folder while this one looked at it"
+            problem = Holder("another start took this folder while this one looked at it")
         if problem is None:
             self._handle = handle
         else:
@@ -92,7 +107,7 @@ class Lease:
         """Lock within the patience; says once who is waited for."""
         if self._locked(handle):
             return True
-        log.warning("run_dir: %s; waiting up to %g s for its end", _holder(handle), self._patience_seconds)
+        log.warning("run_dir: %s; waiting up to %g s for its end", _holder(handle).words, self._patience_seconds)
         end = time.monotonic() + self._patience_seconds
         while time.monotonic() < end:
             self._on_wait()
@@ -118,7 +133,7 @@ class Lease:
     def _sign(self) -> None:
         """Leave the holder's name; a full disk does not matter here."""
         assert self._handle is not None
-        row = {"attempt": self._attempt, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+        row = {"attempt": self._attempt, "host": host_name(), "pid": os.getpid(), "since": time.time(), "job": _job()}
         with suppress(OSError):
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, json.dumps(row).encode() + b"\n", 0)
@@ -130,11 +145,17 @@ class Lease:
             self._handle = None
 
 
-def _holder(handle: int) -> str:
+def _job() -> str | None:
+    """The Slurm job that this process belongs to; a requeued job keeps its number."""
+    return os.environ.get("SLURM_JOB_ID") or None
+
+
+def _holder(handle: int) -> Holder:
     """Who signed the file."""
     try:
         row = json.loads(os.pread(handle, 4096, 0))
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["since"]))
-        return f"attempt {row['attempt']} is alive here, as process {row['pid']} of {row['host']} since {since}"
+        words = f"attempt {row['attempt']} is alive here, as process {row['pid']} of {row['host']} since {since}"
+        return Holder(words, is_of_this_job=_job() is not None and row.get("job") == _job())
     except (OSError, ValueError, KeyError, TypeError):
-        return "another attempt is alive here"
+        return Holder("another attempt is alive here")

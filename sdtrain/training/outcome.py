@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from sdtrain import distributed
 from sdtrain.errors import ExitCode, NoProgressError, SdtrainError
 from sdtrain.run_dir import REFUSED_STEP, Exit, RunDir, tell_launcher
+from sdtrain.training.peers import RollCall
+from sdtrain.training.verdict import lost_peers
 
 LOST_PEER_SIGNS = (
     "connection closed by peer",
@@ -24,6 +26,8 @@ LOST_PEER_SIGNS = (
 )
 LOST_PEER_SECONDS = 5.0
 """How long a rank that lost a peer waits for the word of who knows more: the peer, or the peer's watchdog."""
+TURN_SECONDS, MAX_TURNS = 0.25, 20
+"""How much longer each rank waits than the one before it, so that one rank looks for the lost one and not everyone."""
 MAX_FRUITLESS_ATTEMPTS = 3
 
 
@@ -89,10 +93,20 @@ def leave_together(run: RunDir, attempt: str, code: ExitCode, reason: str, step:
     distributed.barrier()
 
 
-def leave_broken(run: RunDir, attempt: str, error: BaseException, step: int) -> ExitCode:
+def leave_broken(
+    run: RunDir, attempt: str, error: BaseException, step: int, call: Callable[[], RollCall] = RollCall
+) -> ExitCode:
     """An unplanned end of this rank: leave the word without asking the others, who may wait in a collective.
 
-    The first cause wins: a rank that only lost its peer waits for the peer's own reason, and never overwrites it.
+    The first cause wins: a rank that only lost its peer waits for the peer's own reason, and never overwrites it. Where
+    none comes, it finds out who does not answer any more.
+
+    Args:
+        run: The run's folder.
+        attempt: Name of this start.
+        error: Why this rank leaves.
+        step: Finished steps.
+        call: Ask who of the other ranks answers over the network.
     """
     code = code_of(error)
     rank = distributed.ranks().rank
@@ -100,17 +114,21 @@ def leave_broken(run: RunDir, attempt: str, error: BaseException, step: int) -> 
         traceback.print_exception(error)
     else:
         print(f"rank {rank}: {error}", file=sys.stderr)
-    if code is ExitCode.HANG and _another_left_a_word(run, attempt):
-        return code
+    reason, blamed = f"{type(error).__name__}: {error}", rank
+    if code is ExitCode.HANG:
+        if _another_left_a_word(run, attempt, LOST_PEER_SECONDS + min(rank, MAX_TURNS) * TURN_SECONDS):
+            return code
+        if (lost := lost_peers(call())) is not None:
+            reason, blamed = f"{lost.reason}; rank {rank} noticed it by {reason}", lost.rank
     try:
-        run.leave_word(Exit(int(code), f"{type(error).__name__}: {error}", step, rank, attempt))
+        run.leave_word(Exit(int(code), reason, step, blamed, attempt))
     except OSError as lost:  # a disk that is full or gone must not turn this end into another one
         print(f"rank {rank}: no word of it could be left in {run.path}: {lost}", file=sys.stderr)
     return code
 
 
-def _another_left_a_word(run: RunDir, attempt: str) -> bool:
-    end = time.monotonic() + LOST_PEER_SECONDS
+def _another_left_a_word(run: RunDir, attempt: str, seconds: float) -> bool:
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         word = run.read_exit()
         if word is not None and word.attempt == attempt:

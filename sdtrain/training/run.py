@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -99,7 +98,8 @@ def train(config: TrainingConfig, *, resume: Resume = "auto", hooks: Hooks | Non
         code, reason = leave_refused(run.attempt, refused), str(refused)
     except BaseException as error:
         run.beat(LEAVING)
-        code, reason = leave_broken(run.folder, run.attempt, error, run.step), f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        code = leave_broken(run.folder, run.attempt, error, run.step, run.watched.call_roll)
     run.close(code, reason)
     # No farewells of interpreter and torch: after an error other ranks may wait in a collective that this one never
     # joins, and the threads of process groups that DeepSpeed keeps can abort a finished process while it is torn down.
@@ -163,6 +163,7 @@ class Attempt:
         distributed.initialize(timeout_seconds=self.config.trainer.timeout_seconds + GROUP_GRACE_SECONDS)
         self.attempt = distributed.broadcast_object(self.attempt)
         self.watched.heartbeat.name_attempt(self.attempt)
+        self.watched.introduce(distributed.gather_objects(self.watched.peer))
 
     def go(self, resume: Resume) -> tuple[ExitCode, str]:
         """Build everything, resume, train, finish."""
@@ -323,7 +324,7 @@ class Attempt:
             throughput=Throughput(),
             max_steps=max_steps,
             batch_size=config.data.batch_size,
-            stragglers=Stragglers(self.work, distributed.gather_objects(socket.gethostname())),
+            stragglers=Stragglers(self.work, [peer.host for peer in self.watched.peers]),
             goodput=Goodput.of(self.folder) if main else None,
             utilisation=utilisation_here(lambda: build.forward_flops(task), precision=precision, world_size=world_size),
             compiles=self.compiles,

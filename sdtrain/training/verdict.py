@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sdtrain.run_dir import RunDir, write_atomically
+from sdtrain.training.peers import Answer, RollCall, ranks_in_words
 
 HALTED = {
     "T": "is stopped (state T: SIGSTOP or a suspended job)",
@@ -159,17 +160,19 @@ class Verdict:
     reason: str
 
 
-def decide(reports: Mapping[int, Report], world_size: int) -> Verdict:
+def decide(reports: Mapping[int, Report], world_size: int, call: RollCall | None = None) -> Verdict:
     """Find the rank that holds the run up; the strongest sign first.
 
-    A stopped or dead process explains everything. A rank without a report is on a node that is gone. Otherwise the one
-    that did least in its step is the one that the others wait for. Where all stand at the same place, no rank is to
-    blame by what can be seen from outside.
+    A stopped or dead process explains everything; then a host that does not answer; then a rank without a report.
+    Otherwise the one that did least in its step is the one that the others wait for. Where all stand at the same
+    place, no rank is to blame by what can be seen from outside.
 
     Args:
         reports: By rank; at least one.
         world_size: Number of ranks.
+        call: What the judge knows of the others' hosts; None knows nothing.
     """
+    call = call or RollCall()
     halted = [report for report in reports.values() if report.state in HALTED]
     missing = [rank for rank in range(world_size) if rank not in reports]
     least = min((report.step, report.ticks) for report in reports.values())
@@ -177,10 +180,10 @@ def decide(reports: Mapping[int, Report], world_size: int) -> Verdict:
     others = [report for report in reports.values() if report not in (halted or behind)]
     if halted:
         return Verdict(halted[0].rank, _joined(map(_told, halted), others))
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        said = f"{_ranks(missing)} of {world_size} {verb} silent: the node is gone, or never came"
-        return Verdict(missing[0], _joined([said], list(reports.values())))
+    blamed = _lost(call, reports) or _missing(missing, world_size, call)
+    if blamed is not None:
+        waiting = [report for rank, report in reports.items() if rank not in lost_ranks(call)]
+        return Verdict(blamed.rank, _joined([blamed.reason], waiting))
     if others:
         return Verdict(behind[0].rank, _joined(map(_told, behind), others))
     if world_size == 1:
@@ -191,6 +194,52 @@ def decide(reports: Mapping[int, Report], world_size: int) -> Verdict:
         f"all {world_size} ranks wait in {first.place} and none is behind: a collective that does not end (network?), "
         "or ranks in different ones (compare their stacks)",
     )
+
+
+def lost_ranks(call: RollCall) -> list[int]:
+    """The ranks on hosts that are down or cut off; on the caller's own host, where most others do not answer it."""
+    return call.of_own_host() if call.is_cut_off() else call.of(Answer.SILENT)
+
+
+def lost_peers(call: RollCall) -> Verdict | None:
+    """Who is to blame for a connection that broke; None where everyone is there."""
+    return _lost(call, ()) or _gone(call.of(Answer.GONE), call)
+
+
+def _lost(call: RollCall, reports: Collection[int]) -> Verdict | None:
+    """Hosts that do not answer, in words; a rank among `reports` can still be heard through the run's folder."""
+    lost = lost_ranks(call)
+    if not lost:
+        return None
+    says = f"{call.named(lost)} {_are(lost)} "
+    if call.is_cut_off():
+        says += "cut off: most of the other hosts do not answer over the network"
+    elif all(rank in reports for rank in lost):
+        says += "lost: reports come through the run folder, but the host does not answer over the network: a cut link"
+    else:
+        says += "lost: the host does not answer over the network: it is down or cut off"
+    return Verdict(lost[0], says)
+
+
+def _missing(missing: list[int], world_size: int, call: RollCall) -> Verdict | None:
+    """Ranks without a report, on hosts that are not known to be lost."""
+    gone = _gone([rank for rank in missing if call.answers.get(rank) is Answer.GONE], call)
+    if gone is not None or not missing:
+        return gone
+    why = "no report came, though the host answers" if call.answers else "the node is gone, or never came"
+    return Verdict(missing[0], f"{call.named(missing)} of {world_size} {_are(missing)} silent: {why}")
+
+
+def _gone(gone: list[int], call: RollCall) -> Verdict | None:
+    """Ranks that ended together with their watchdogs, in words."""
+    if not gone:
+        return None
+    why = "and no watchdog there says why: the job was ended on that node"
+    return Verdict(gone[0], f"{call.named(gone)} {_are(gone)} gone, {why}")
+
+
+def _are(ranks: Collection[int]) -> str:
+    return "is" if len(ranks) == 1 else "are"
 
 
 def _told(report: Report) -> str:
@@ -208,17 +257,4 @@ def _joined(causes: Iterable[str], waiting: list[Report]) -> str:
         return text
     places = sorted({report.place for report in waiting})
     verb = "waits" if len(waiting) == 1 else "wait"
-    return f"{text}; {_ranks(report.rank for report in waiting)} {verb} in {' and '.join(places)}"
-
-
-def _ranks(numbers: Iterable[int]) -> str:
-    """`rank 3`, or `ranks 0-6, 8`."""
-    ordered = sorted(numbers)
-    runs: list[list[int]] = []
-    for number in ordered:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    listed = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"rank {listed}" if len(ordered) == 1 else f"ranks {listed}"
+    return f"{text}; {ranks_in_words([report.rank for report in waiting])} {verb} in {' and '.join(places)}"

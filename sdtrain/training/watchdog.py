@@ -12,7 +12,6 @@ import contextlib
 import faulthandler
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,16 @@ from pathlib import Path
 from sdtrain.errors import ExitCode
 from sdtrain.run_dir import Exit, RunDir
 from sdtrain.training.heartbeat import LEAVING, Heartbeat, Patience, Pulse, PulseReader
+from sdtrain.training.peers import (
+    ANSWER_SECONDS,
+    Peer,
+    RollCall,
+    call_roll,
+    from_bytes,
+    host_name,
+    listen_beside,
+    to_bytes,
+)
 from sdtrain.training.verdict import Board, ProcessState, Report, Verdict, decide, descendants, launch_name, look_at
 
 TICK_SECONDS = 0.25
@@ -51,6 +60,7 @@ class Watchdog:
         board: Board,
         read_pulse: Callable[[], Pulse],
         read_stacks: Callable[[], str],
+        call: Callable[[], RollCall] = RollCall,
         look: Callable[[int], ProcessState] = look_at,
         is_parent: Callable[[int], bool] = lambda pid: os.getppid() == pid,
         send: Callable[[int, int], None] = os.kill,
@@ -68,6 +78,7 @@ class Watchdog:
             board: Where the watchdogs of this launch report.
             read_pulse: The rank's last beat.
             read_stacks: Python stacks that the rank has dumped so far.
+            call: Ask who of the other ranks answers over the network.
             look: State of a process.
             is_parent: Whether the rank still lives.
             send: Send a signal to a process.
@@ -82,6 +93,7 @@ class Watchdog:
         self._board = board
         self._read_pulse = read_pulse
         self._read_stacks = read_stacks
+        self._call = call
         self._look = look
         self._is_parent = is_parent
         self._send = send
@@ -167,8 +179,9 @@ class Watchdog:
         judge = self._lowest_alarmed()
         if judge is not None and self._waits_for_the_word_of(judge):
             return
+        call = self._call()
         reports = self._board.read_all(self._world_size) | {self._rank: self._report(alarmed=True)}
-        self._leave_word(decide(reports, self._world_size))
+        self._leave_word(decide(reports, self._world_size, call))
 
     def _lowest_alarmed(self) -> Report | None:
         """The alarmed report of a lower rank; None where this rank is the lowest."""
@@ -176,7 +189,7 @@ class Watchdog:
         return next((report for report in reports if report is not None and report.alarmed), None)
 
     def _waits_for_the_word_of(self, judge: Report) -> bool:
-        end = self._clock() + 2 * SETTLE_SECONDS
+        end = self._clock() + 2 * SETTLE_SECONDS + ANSWER_SECONDS
         while self._clock() < end:
             word = self._run.read_exit()
             if word is not None and word.attempt in (judge.attempt, self._pulse.attempt):
@@ -195,7 +208,7 @@ class Watchdog:
         state = self._look(self._pid)
         return Report(
             rank=self._rank,
-            host=socket.gethostname(),
+            host=host_name(),
             pid=self._pid,
             attempt=self._pulse.attempt,
             alarmed=alarmed,
@@ -249,7 +262,7 @@ class Watchdog:
         self._listen()
         pulse = self._pulse
         reason = (
-            f"rank {self._rank} on {socket.gethostname()} died in phase {pulse.phase} of step {pulse.step} without a "
+            f"rank {self._rank} on {host_name()} died in phase {pulse.phase} of step {pulse.step} without a "
             "word: killed (kill -9, out of memory) or crashed in native code; its own log may say more"
         )
         if self._run.leave_word(Exit(int(ExitCode.HANG), reason, pulse.step, self._rank, pulse.attempt)):
@@ -267,6 +280,8 @@ class Watched:
 
     Attributes:
         heartbeat: What the rank beats on.
+        peer: Where the others find this watchdog.
+        peers: Where all ranks are, once they have met.
     """
 
     def __init__(self, run: RunDir, *, rank: int, world_size: int, patience: Patience, attempt: str) -> None:
@@ -275,18 +290,33 @@ class Watched:
         self._rank = rank
         self._stacks = os.memfd_create("sdtrain-stacks")
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
+        self._roll = os.memfd_create("sdtrain-roll")
+        self.peer, door = listen_beside(rank) if world_size > 1 else (Peer(rank, host_name()), None)
+        self.peers: list[Peer] = []
+        doors = () if door is None else (door.fileno(),)  # the watchdog alone keeps it open, and never reads from it
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
             [
                 *(sys.executable, "-m", "sdtrain.training.watchdog", str(run.path.absolute())),
                 *("--rank", str(rank), "--world-size", str(world_size), "--pid", str(os.getpid())),
                 *("--notice-seconds", str(patience.step_seconds / 2), "--launch", launch_name(os.environ)),
-                *("--beats", str(self.heartbeat.fd), "--stacks", str(self._stacks)),
+                *("--beats", str(self.heartbeat.fd), "--stacks", str(self._stacks), "--roll", str(self._roll)),
             ],
-            pass_fds=(self.heartbeat.fd, self._stacks),
+            pass_fds=(self.heartbeat.fd, self._stacks, self._roll, *doors),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # who signals the rank's process group does not mean its watchdog
         )
+        if door is not None:
+            door.close()
+
+    def introduce(self, peers: Sequence[Peer]) -> None:
+        """Tell the watchdog where the ranks are that this one has met."""
+        self.peers = list(peers)
+        os.pwrite(self._roll, to_bytes(peers), 0)
+
+    def call_roll(self) -> RollCall:
+        """Ask who of the other ranks still answers; not collective."""
+        return call_roll(self._rank, self.peers)
 
     def check(self) -> None:
         """Say so, once, if the watchdog died; it is no zombie then."""
@@ -303,6 +333,7 @@ class Watched:
             self._process = None
         faulthandler.unregister(STACKS_SIGNAL)
         os.close(self._stacks)
+        os.close(self._roll)
         self.heartbeat.close()
 
 
@@ -313,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Watch the process that started this one."""
     parser = argparse.ArgumentParser(prog="python -m sdtrain.training.watchdog", description=__doc__)
     parser.add_argument("run", type=Path)
-    for name in ("--rank", "--world-size", "--pid", "--beats", "--stacks"):
+    for name in ("--rank", "--world-size", "--pid", "--beats", "--stacks", "--roll"):
         parser.add_argument(name, type=int, required=True)
     parser.add_argument("--notice-seconds", type=float, required=True)
     parser.add_argument("--launch", required=True)
@@ -330,6 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         board=Board(run, given.launch, since=time.time() - 60),
         read_pulse=PulseReader(given.beats).read,
         read_stacks=lambda: os.pread(given.stacks, 2**20, 0).decode(errors="replace"),
+        call=lambda: call_roll(given.rank, from_bytes(os.pread(given.roll, 2**24, 0))),
     ).watch()
 
 

@@ -156,6 +156,18 @@ def test_the_first_word_of_an_attempt_stands_unless_it_only_missed_a_peer(tmp_pa
     assert run.read_exit() is not None and run.read_exit().attempt == "c"
 
 
+def test_an_attempt_that_another_has_followed_leaves_no_word(tmp_path: Path) -> None:
+    """A node that was cut off comes back, and its watchdog still wants to write."""
+    run = RunDir(tmp_path)
+    run.log("start", attempt="a")
+    run.log("start", attempt="b")
+    assert run.leave_word(Exit(0, "complete", 9, 0, "b"))
+    assert not run.leave_word(Exit(6, "hang", 7, 1, "a"))
+    assert run.read_exit() is not None and run.read_exit().attempt == "b"
+    assert [row["event"] for row in run.ledger_rows()] == ["start", "start", "end"]
+    assert run.leave_word(Exit(6, "never met its peers", 0, 0, "c")), "not every start comes to its row"
+
+
 @pytest.mark.parametrize("text", ["", '{"code": 0', '{"code": 0}', "[]", '{"unknown": 1}'])
 def test_a_damaged_exit_file_counts_as_a_crash(tmp_path: Path, text: str) -> None:
     run = RunDir(tmp_path)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sdtrain.training.lease import Lease
+from sdtrain.training.lease import Holder, Lease
 
 HOLD = """
 import sys, time
@@ -55,7 +55,8 @@ def test_who_is_alive_is_named_and_nothing_changes(path: Path) -> None:
         for begins in (False, True):
             said = second(path).take(begins=begins)
             assert said is not None
-            assert said.startswith(
+            assert not said.is_of_this_job
+            assert said.words.startswith(
                 f"attempt first is alive here, as process {process.pid} of {socket.gethostname()} since 2"
             )
         assert path.read_bytes() == signed
@@ -113,7 +114,7 @@ def test_a_folder_that_another_start_took_meanwhile_is_left_to_it(path: Path) ->
     lease = second(path)
     assert lease.take(begins=False) is None
     path.write_text("{}\n")
-    assert lease.take(begins=True) == "another start took this folder while this one looked at it"
+    assert lease.take(begins=True) == Holder("another start took this folder while this one looked at it")
     assert path.read_text() == "{}\n"
 
 
@@ -135,4 +136,16 @@ def test_a_file_system_without_locks_is_told_and_does_not_stop_a_run(
 def test_a_holder_that_cannot_be_read_is_still_told(path: Path) -> None:
     with held(path):
         path.write_bytes(b"\xff torn")
-        assert second(path).take(begins=True) == "another attempt is alive here"
+        assert second(path).take(begins=True) == Holder("another attempt is alive here")
+
+
+def test_an_earlier_start_of_the_same_job_is_known_as_such(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    with held(path):
+        for job, same in (("12", True), ("13", False), ("", False)):
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+            holder = second(path).take(begins=False)
+            assert holder is not None and holder.is_of_this_job is same
+        monkeypatch.delenv("SLURM_JOB_ID")
+        holder = second(path).take(begins=False)
+        assert holder is not None and not holder.is_of_this_job

@@ -23,6 +23,7 @@ from sdtrain.training.outcome import (
     refuse_to_spin,
     refusing,
 )
+from sdtrain.training.peers import Answer, Peer, RollCall
 
 LOST = RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1234")
 
@@ -111,6 +112,40 @@ def test_who_lost_a_peer_waits_for_the_one_that_knows_more(tmp_path: Path, monke
     timer.join()
     assert word(run) == (6, "rank 1 on node7 died in phase data", 7, 1, "a1")
     assert [row["reason"] for row in run.ledger_rows()] == ["rank 1 on node7 died in phase data"]
+
+
+def test_who_lost_a_peer_that_left_no_word_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that is emptied takes rank and watchdog with it."""
+    run = RunDir(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    roll = {rank: Peer(rank, f"node{rank}", "10.0.0.1", 4000) for rank in range(3)}
+    leave_broken(run, "a1", LOST, 7, lambda: RollCall(0, roll, {1: Answer.HERE, 2: Answer.GONE}))
+    code, reason, step, rank, _ = word(run)
+    assert (code, step, rank) == (ExitCode.HANG, 7, 2)
+    assert reason.startswith("rank 2 on node2 is gone, and no watchdog there says why: ")
+    assert reason.endswith(
+        "; rank 0 noticed it by RuntimeError: [../gloo/transport/tcp/pair.cc] Connection closed by "
+        "peer [127.0.0.1]:1234"
+    )
+
+
+def test_nobody_is_looked_for_while_another_s_word_stands(tmp_path: Path) -> None:
+    def never() -> RollCall:
+        raise AssertionError("hundreds of ranks need not ask")
+
+    run = RunDir(tmp_path)
+    run.leave_word(Exit(6, "rank 1 on node7 died in phase data", 7, 1, "a1"))
+    assert leave_broken(run, "a1", LOST, 7, never) is ExitCode.HANG
+    assert leave_broken(run, "a2", DataError("shard is gone"), 7, never) is ExitCode.DATA
+
+
+def test_ranks_take_turns_in_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    monkeypatch.setattr(outcome, "_another_left_a_word", lambda run, attempt, seconds: waited.append(seconds))
+    for rank in (0, 1, 20, 500):
+        monkeypatch.setenv("RANK", str(rank))
+        leave_broken(RunDir(tmp_path), "a1", LOST, 7)
+    assert waited == pytest.approx([0.2, 0.45, 5.2, 5.2])
 
 
 def test_an_older_attempt_s_word_does_not_stand_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -358,7 +358,7 @@ def test_a_disk_that_stays_full_ends_as_a_storage_error(
     page: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     at_start = iter([(math.inf, math.inf)] * 2)
-    monkeypatch.setattr("sdtrain.checkpoints.protocol._free", lambda folder: next(at_start, (1024.0, 1024.0)))
+    monkeypatch.setattr("sdtrain.checkpoints.protocol.free_space", lambda folder: next(at_start, (1024.0, 1024.0)))
     assert sdtrain("train", page, "checkpoint.every_steps=1") == 8
     code, reason, step = word(run)
     assert (code, step) == (8, 3)
@@ -468,6 +468,16 @@ def test_a_second_start_beside_a_live_attempt_is_refused(
         assert f"sdtrain: run_dir = {run.path}: attempt " in said and " is alive here, as process " in said
         assert f"stop it (`touch {run.path / 'STOP'}`)" in said
         assert untouched(run) == before
+        monkeypatch.setenv("SLURM_JOB_ID", "12")  # the holder's: this is the job's next start, a node was cut off
+        run.lease.write_text(json.dumps({**json.loads(run.lease.read_text()), "job": "12"}))
+        before = untouched(run)
+        assert sdtrain("train", page, "trainer.max_steps=6") == 85
+        said = capfd.readouterr().err
+        assert (
+            ": an earlier start of this job, which the scheduler took for ended. Start this job again later; " in said
+        )
+        assert untouched(run) == before
+        monkeypatch.delenv("SLURM_JOB_ID")
     finally:
         holder.kill()
         holder.communicate()

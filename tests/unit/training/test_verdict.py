@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 
 from sdtrain.run_dir import RunDir
-from sdtrain.training.verdict import Board, ProcessState, Report, decide, descendants, launch_name, look_at
+from sdtrain.training.peers import Answer, Peer, RollCall
+from sdtrain.training.verdict import (
+    Board,
+    ProcessState,
+    Report,
+    decide,
+    descendants,
+    launch_name,
+    look_at,
+    lost_peers,
+)
 
 REPORT = Report(
     rank=0,
@@ -71,6 +81,67 @@ def test_a_rank_without_a_report_is_on_a_node_that_is_gone() -> None:
     )
     rest = {rank: report for rank, report in found.items() if rank not in (1, 2)}
     assert decide(rest, 8).reason.startswith("ranks 1-2, 4-7 of 8 are silent: ")
+
+
+def heard(*answers: Answer, caller: int = 0) -> RollCall:
+    """Rank i is on node i; what the others of the caller answered it, in order."""
+    numbers = range(len(answers) + 1)
+    roll = {rank: Peer(rank, f"node{rank}", f"10.0.0.{rank}", 4000) for rank in numbers}
+    return RollCall(caller, roll, dict(zip([rank for rank in numbers if rank != caller], answers, strict=True)))
+
+
+HERE, GONE, SILENT = Answer.HERE, Answer.GONE, Answer.SILENT
+
+
+def test_a_host_that_reports_and_does_not_answer_is_cut_off() -> None:
+    """Reports go through the storage, which may have a network of its own."""
+    verdict = decide(reports({}, {}, {}), 3, heard(HERE, SILENT))
+    assert verdict.rank == 2
+    assert verdict.reason == (
+        "rank 2 on node2 is lost: reports come through the run folder, but the host does not answer over the network: "
+        "a cut link; ranks 0-1 wait in phase backward of step 7"
+    )
+
+
+def test_hosts_that_neither_report_nor_answer_are_down() -> None:
+    verdict = decide(reports({}, {}), 4, heard(HERE, SILENT, SILENT))
+    assert verdict.rank == 2
+    assert verdict.reason == (
+        "rank 2 on node2 and rank 3 on node3 are lost: the host does not answer over the network: it is down or cut "
+        "off; ranks 0-1 wait in phase backward of step 7"
+    )
+
+
+def test_a_judge_whom_most_hosts_do_not_answer_names_its_own() -> None:
+    verdict = decide(reports({}, {}, {}, {}), 4, heard(SILENT, SILENT, SILENT))
+    assert verdict.rank == 0
+    assert verdict.reason == (
+        "rank 0 on node0 is cut off: most of the other hosts do not answer over the network; ranks 1-3 wait in phase "
+        "backward of step 7"
+    )
+
+
+def test_a_stopped_rank_is_the_cause_whatever_the_network_says() -> None:
+    assert decide(reports({}, {"state": "T"}, {}), 3, heard(HERE, SILENT)).rank == 1
+
+
+def test_a_rank_without_a_report_is_told_by_what_its_host_answers() -> None:
+    gone = decide(reports({}, {}), 3, heard(HERE, GONE))
+    assert (gone.rank, gone.reason.split(";")[0]) == (
+        2,
+        "rank 2 on node2 is gone, and no watchdog there says why: the job was ended on that node",
+    )
+    silent = decide(reports({}, {}), 3, heard(HERE, HERE))
+    assert silent.reason.startswith("rank 2 on node2 of 3 is silent: no report came, though the host answers; ")
+
+
+def test_who_broke_a_connection() -> None:
+    assert lost_peers(RollCall()) is None
+    assert lost_peers(heard(HERE, HERE)) is None
+    gone, silent = lost_peers(heard(HERE, GONE)), lost_peers(heard(GONE, SILENT))
+    assert gone is not None and gone.reason.startswith("rank 2 on node2 is gone, and no watchdog there says why: ")
+    assert silent is not None and silent.rank == 2, "a host that is down explains what others did then"
+    assert silent.reason.startswith("rank 2 on node2 is lost: the host does not answer over the network: it is down or")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from sdtrain.errors import ExitCode
 from sdtrain.run_dir import Exit, RunDir
 from sdtrain.training import watchdog
 from sdtrain.training.heartbeat import LEAVING, Patience, Pulse
+from sdtrain.training.peers import ANSWER_SECONDS, Answer, Peer, RollCall, call_roll, listen_beside
 from sdtrain.training.verdict import Board, ProcessState, Report
 from sdtrain.training.watchdog import (
     MAX_TICK_SECONDS,
@@ -42,6 +43,7 @@ class Rank:
         self.stacks = 'File "model.py", line 3 in forward'
         self.is_alive = True
         self.sent: list[int] = []
+        self.call = RollCall()
         self.during_sleep: Callable[[], None] = lambda: None
         self.board = Board(run, "job", since=0.0)
         self.dog = Watchdog(
@@ -53,6 +55,7 @@ class Rank:
             board=self.board,
             read_pulse=lambda: self.pulse,
             read_stacks=lambda: self.stacks if STACKS_SIGNAL in self.sent else "",
+            call=lambda: self.call,
             look=lambda pid: ProcessState(self.state, "futex_wait"),
             is_parent=lambda pid: self.is_alive,
             send=lambda pid, number: self.sent.append(number),
@@ -180,7 +183,17 @@ def test_a_judge_that_never_speaks_is_not_waited_for_for_ever(rank: Rank) -> Non
     began = rank.now
     assert not rank.stand(ALLOWED)
     assert rank.word is not None and rank.word.rank == 1
-    assert rank.now - began <= ALLOWED + 3 * SETTLE_SECONDS + TICK_SECONDS
+    assert rank.now - began <= ALLOWED + 3 * SETTLE_SECONDS + ANSWER_SECONDS + TICK_SECONDS
+
+
+def test_the_judge_asks_who_answers_over_the_network(run: RunDir) -> None:
+    rank = Rank(run, rank=0)
+    rank.board.publish(report_of_rank_0(rank=1, host="node1", phase="forward", ticks=3))
+    roll = {number: Peer(number, f"node{number}", f"10.0.0.{number}", 4000) for number in range(2)}
+    rank.call = RollCall(0, roll, {1: Answer.SILENT})
+    assert not rank.stand(ALLOWED)
+    assert rank.word is not None and rank.word.rank == 1
+    assert rank.word.reason.startswith("hang: rank 1 on node1 is lost: reports come through the run folder, but the ")
 
 
 def test_before_the_ranks_met_each_has_a_name_of_its_own_and_one_word_is_enough(rank: Rank) -> None:
@@ -405,6 +418,25 @@ def test_a_killed_rank_is_mourned_although_signals_hit_its_whole_group(tmp_path:
     assert killed.returncode == -signal.SIGKILL
     assert all(map(is_gone, killed.pids))
     assert " died in phase data of step 3 without a word" in reason(tmp_path)
+
+
+def test_a_watchdog_can_be_called_as_long_as_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while its rank, or it itself, stands still."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    mine, door = listen_beside(0)
+    assert door is not None
+    door.close()
+    watched = Watched(RunDir(tmp_path), rank=1, world_size=2, patience=Patience(60.0, 60.0), attempt="a1")
+    assert watched._process is not None
+    try:
+        watched.introduce([mine, watched.peer])
+        assert call_roll(0, watched.peers).answers == {1: Answer.HERE}
+        assert watched.call_roll().answers == {0: Answer.GONE}
+        watched._process.send_signal(signal.SIGSTOP)
+        assert call_roll(0, watched.peers).answers == {1: Answer.HERE}
+    finally:
+        watched.close()
+    assert call_roll(0, watched.peers).answers == {1: Answer.GONE}
 
 
 def test_a_watchdog_that_died_is_told_once_and_is_no_zombie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
