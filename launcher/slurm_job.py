@@ -20,6 +20,8 @@ from sdtrain.errors import ConfigError, ExitCode, NoProgressError
 from sdtrain.run_dir import REFUSALS, Exit, RunDir
 
 MAX_FRUITLESS_STARTS = 1 + MAX_FRUITLESS_RESTARTS
+BACKOFF_SECONDS = 120
+"""How long a job waits at least that found an earlier start of its own alive, doubled with every start in vain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +111,14 @@ def end(run_dir: RunDir, here: Surroundings, max_restarts: int, step_status: int
     code = int(crash_code(ended)) if found is None else found.code
     told = _told(found, ended, journal.folder / starts[-1].logs)
     again = found is None or found.code in RESTARTABLE
-    if again and fruitless_starts(starts, checkpoint_names(run_dir)) >= MAX_FRUITLESS_STARTS:
+    in_vain = fruitless_starts(starts, checkpoint_names(run_dir))
+    delay = BACKOFF_SECONDS * 2**in_vain if found is not None and found.is_refusal else 0
+    if again and in_vain >= MAX_FRUITLESS_STARTS:
         again, code, told = False, int(ExitCode.NO_PROGRESS), f"{told}; {_in_vain(run_dir)}"
     elif again:
         why_not = _why_not_again(run_dir, here, max_restarts)
-        again, told = why_not is None, f"{told}; {why_not or 'requeued, to go on from the newest checkpoint'}"
+        when = f" in {delay // 60} minutes or later" if delay else ""
+        again, told = why_not is None, f"{told}; {why_not or f'requeued, to go on from the newest checkpoint{when}'}"
     _say(told)
     try:
         journal.add("end", {"job": here.job, "restart": here.restart, "code": code, "reason": told, "requeued": again})
@@ -121,7 +126,7 @@ def end(run_dir: RunDir, here: Surroundings, max_restarts: int, step_status: int
         _say(f"{journal.path} could not be written: {error.strerror}")
     if again:
         try:
-            requeue(here.job)
+            requeue(here.job, delay_seconds=delay)
         except ConfigError as error:
             _say(f"{error}. Go on with: sdtrain-launch resume {run_dir.path}")
     return code

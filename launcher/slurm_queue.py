@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -167,13 +168,21 @@ def _in_accounting(job: str) -> QueuedJob | None:
     return QueuedJob(state.split()[0], *rest)  # `CANCELLED by 1000`
 
 
-def requeue(job: str) -> None:
-    """Let a running job be started again.
+def requeue(job: str, *, delay_seconds: int = 0) -> None:
+    """Let the running job that this process belongs to be started again.
+
+    Args:
+        job: Its number.
+        delay_seconds: How long it waits at least; 0 leaves that to the scheduler.
 
     Raises:
         ConfigError: The scheduler refuses; with its words.
     """
+    if delay_seconds > 0:  # a requeued job's processes are told to end, this one has one more thing to say
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ask("scontrol", "requeue", job)
+    if delay_seconds > 0:
+        ask("scontrol", "update", f"jobid={job}", f"StartTime=now+{delay_seconds}")
 
 
 def cancel(job: str) -> None:

@@ -17,17 +17,21 @@ FIRST = Surroundings("7", 0, 2, 1)
 
 
 class Scheduler:
-    """Knows one job, and counts how often it is asked to requeue it."""
+    """Knows one job, and how often it was asked to requeue it, with which delays."""
 
     def __init__(self) -> None:
         self.job: QueuedJob | None = QueuedJob("RUNNING", "None", "1:00", "1:00:00", "n[1-2]", "N/A")
-        self.requeued = 0
+        self.delays: list[int] = []
+
+    @property
+    def requeued(self) -> int:
+        return len(self.delays)
 
     def find_job(self, job: str) -> QueuedJob | None:
         return self.job
 
-    def requeue(self, job: str) -> None:
-        self.requeued += 1
+    def requeue(self, job: str, *, delay_seconds: int) -> None:
+        self.delays.append(delay_seconds)
 
 
 @pytest.fixture
@@ -92,6 +96,27 @@ def test_a_refused_start_is_no_crash(
     assert scheduler.requeued == 0
 
 
+def test_a_start_that_finds_an_earlier_one_alive_comes_back_later_and_later(
+    run: RunDir, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv(REFUSALS, str(tmp_path / "refusals"))
+    RunDir(tmp_path / "refusals").write_exit(Exit(85, "attempt a is alive here, as process 5 of n1", -1, 0, "b"))
+    codes = []
+    for restart in range(3):
+        here = Surroundings("7", restart, 2, 1)
+        begin(run, here, 50)
+        codes.append(end(run, here, 50, 85))
+    assert codes == [85, 85, ExitCode.NO_PROGRESS]
+    assert scheduler.delays == [240, 480]
+    said = capsys.readouterr().err
+    assert (
+        "was touched: attempt a is alive here, as process 5 of n1; requeued, to go on from the newest checkpoint"
+        in said
+    )
+    assert "checkpoint in 4 minutes or later\n" in said and "checkpoint in 8 minutes or later\n" in said
+    assert "as process 5 of n1; not requeued: 3 starts in a row made no new checkpoint" in said
+
+
 def test_the_cap_on_restarts(run: RunDir, scheduler: Scheduler, capsys: pytest.CaptureFixture[str]) -> None:
     last = Surroundings("7", 2, 2, 1)
     begin(run, last, 2)
@@ -124,7 +149,7 @@ def test_starts_in_vain(run: RunDir, scheduler: Scheduler, capsys: pytest.Captur
 def test_a_scheduler_that_refuses_to_requeue(
     run: RunDir, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def requeue(job: str) -> None:
+    def requeue(job: str, *, delay_seconds: int) -> None:
         raise ConfigError("scontrol requeue 7 failed: Requested operation is presently disabled")
 
     monkeypatch.setattr(slurm_job, "requeue", requeue)
