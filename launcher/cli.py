@@ -187,7 +187,7 @@ def submit_run(
     if dry_run:
         typer.echo(script, nl=False)
         return
-    refuse_impossible(job, site)
+    refuse_impossible(job.nodes, job.gpus_per_node, job.time, site)
     refuse_node_local(run_dir.path, site)
     journal = Journal(run_dir)
     refuse_second_job(journal)

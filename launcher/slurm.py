@@ -1,4 +1,4 @@
-"""Submit a run to Slurm: `slurm/train.sbatch` with its settings filled in, after all that can be checked before."""
+"""Submit a job to Slurm: a script of `slurm/` with its settings filled in, after all that can be checked before."""
 
 from __future__ import annotations
 
@@ -49,13 +49,22 @@ class Job:
     name: str
 
     def __post_init__(self) -> None:
-        if not _TIME.fullmatch(self.time):
-            raise ConfigError(f"--time {self.time}: give HH:MM:SS or D-HH:MM:SS, such as 24:00:00 or 2-00:00:00")
+        check_time(self.time)
 
     @property
     def world_size(self) -> int:
         """Ranks on all nodes."""
         return self.nodes * self.gpus_per_node
+
+
+def check_time(time: str) -> None:
+    """Refuse a time limit that is not written in full.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not _TIME.fullmatch(time):
+        raise ConfigError(f"--time {time}: give HH:MM:SS or D-HH:MM:SS, such as 24:00:00 or 2-00:00:00")
 
 
 def job_of(options: Mapping[str, Any], site: Site, name: str, resume: str) -> Job:
@@ -97,25 +106,6 @@ def render(job: Job, site: Site, run_dir: RunDir, folder: Path, page: Path, over
     Raises:
         ConfigError: The script to fill in is not installed.
     """
-    lines = [f"#SBATCH {option}" for option in _options(job, site, run_dir, folder)]
-    lines += [f"mode={job.mode}", f"max_restarts={job.max_restarts}", f"resume={shlex.quote(job.resume)}"]
-    if site.modules:
-        lines += ["module purge", f"module load {shlex.join(site.modules)}"]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in _variables(site).items()]
-    lines += [f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"]
-    lines += [f"set -- {shlex.join([str(page), *overrides])}"]
-    settings = "\n".join(lines) + "\n"
-    try:
-        template = TEMPLATE.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{TEMPLATE} is not there: submit from an installation out of a checkout (make venv)"
-        ) from None
-    return _SETTINGS.sub(lambda _: settings, template)
-
-
-def _options(job: Job, site: Site, run_dir: RunDir, folder: Path) -> list[str]:
-    output = str(run_dir.path.absolute() / "logs").replace("%", "%%")
     wanted = {
         "job-name": job.name,
         "nodes": job.nodes,
@@ -124,6 +114,55 @@ def _options(job: Job, site: Site, run_dir: RunDir, folder: Path) -> list[str]:
         "cpus-per-task": site.cpus_per_gpu,
         "time": job.time,
         "signal": f"USR1@{site.save_seconds}",
+    }
+    settings = [f"mode={job.mode}", f"max_restarts={job.max_restarts}", f"resume={shlex.quote(job.resume)}"]
+    return fill_in(TEMPLATE, wanted, settings, site, run_dir, folder, [str(page), *overrides])
+
+
+def fill_in(
+    template: Path,
+    wanted: Mapping[str, object],
+    settings: Sequence[str],
+    site: Site,
+    run_dir: RunDir,
+    folder: Path,
+    words: Sequence[str],
+) -> str:
+    """A script of `slurm/` with everything that stands between its two arrows.
+
+    Args:
+        template: The script.
+        wanted: Options of sbatch by name, those that are not None.
+        settings: Lines that set the script's own variables.
+        site: What is the same for all jobs.
+        run_dir: Where the job writes what it says, in `logs/`.
+        folder: Where relative paths start from.
+        words: The script's arguments.
+
+    Raises:
+        ConfigError: The script is not installed.
+    """
+    lines = [f"#SBATCH {option}" for option in _options(wanted, site, run_dir, folder)]
+    lines += settings
+    if site.modules:
+        lines += ["module purge", f"module load {shlex.join(site.modules)}"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in _variables(site).items()]
+    lines += [f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"]
+    lines += [f"set -- {shlex.join(words)}"]
+    text = "\n".join(lines) + "\n"
+    try:
+        script = template.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{template} is not there: submit from an installation out of a checkout (make venv)"
+        ) from None
+    return _SETTINGS.sub(lambda _: text, script)
+
+
+def _options(wanted: Mapping[str, object], site: Site, run_dir: RunDir, folder: Path) -> list[str]:
+    output = str(run_dir.path.absolute() / "logs").replace("%", "%%")
+    all_wanted = {
+        **wanted,
         "partition": site.partition,
         "account": site.account,
         "qos": site.qos,
@@ -131,9 +170,8 @@ def _options(job: Job, site: Site, run_dir: RunDir, folder: Path) -> list[str]:
         "chdir": folder.absolute(),
         "output": f"{output}/slurm-%j.out",
     }
-    return [f"--{name}={shlex.quote(str(value))}" for name, value in wanted.items() if value is not None] + [
-        *site.sbatch
-    ]
+    options = [f"--{name}={shlex.quote(str(value))}" for name, value in all_wanted.items() if value is not None]
+    return [*options, *site.sbatch]
 
 
 def _variables(site: Site) -> dict[str, str]:
@@ -145,42 +183,49 @@ def _variables(site: Site) -> dict[str, str]:
     return {"TMPDIR": str(site.scratch), **folders, **site.environment}
 
 
-def refuse_impossible(job: Job, site: Site) -> None:
+def refuse_impossible(nodes: int, gpus_per_node: int, time: str, site: Site) -> None:
     """Refuse a job that this cluster can never start.
+
+    Args:
+        nodes: Number of nodes.
+        gpus_per_node: GPUs of each.
+        time: Time limit.
+        site: Partition, and how long before the limit a job is told.
 
     Raises:
         ConfigError: Its partition does not exist, has too few nodes with that many GPUs, or ends jobs earlier.
     """
     groups = groups_of(site.partition)
     name = groups[0].partition
-    fitting = sum(group.nodes for group in groups if group.gpus >= job.gpus_per_node)
-    if fitting < job.nodes:
+    fitting = sum(group.nodes for group in groups if group.gpus >= gpus_per_node)
+    if fitting < nodes:
         listed = ", ".join(f"{group.nodes} with {group.gpus}" for group in groups)
         raise ConfigError(
-            f"--nodes {job.nodes} --gpus-per-node {job.gpus_per_node}: partition {name} has {fitting} such nodes "
+            f"--nodes {nodes} --gpus-per-node {gpus_per_node}: partition {name} has {fitting} such nodes "
             f"(nodes with GPUs on each: {listed}); ask for less, or for another --partition"
         )
     limits = [group.limit_seconds for group in groups]
-    wanted, limit = seconds_of(job.time), min((one for one in limits if one is not None), default=None)
+    wanted, limit = seconds_of(time), min((one for one in limits if one is not None), default=None)
     if wanted is not None and limit is not None and wanted > limit:
         raise ConfigError(
-            f"--time {job.time}: partition {name} ends jobs after {limit // 3600}:{limit // 60 % 60:02d}:00; ask for "
-            "less, the run goes on in the next job"
+            f"--time {time}: partition {name} ends jobs after {limit // 3600}:{limit // 60 % 60:02d}:00; ask for "
+            "less, its work goes on in the next job"
         )
     if wanted is not None and wanted <= site.save_seconds:
         raise ConfigError(
-            f"--time {job.time}: the ranks are told to leave {site.save_seconds} s before the limit (save_seconds of "
+            f"--time {time}: a job is told to leave {site.save_seconds} s before the limit (save_seconds of "
             "the site); ask for more"
         )
 
 
-def refuse_node_local(path: Path, site: Site, mounts: str = "/proc/self/mounts") -> None:
-    """Refuse a run folder that other nodes would not see.
+def refuse_node_local(path: Path, site: Site, mounts: str = "/proc/self/mounts", key: str = "run_dir") -> None:
+    """Refuse a folder for output that other nodes would not see.
 
     Args:
-        path: The run's folder, which need not be there.
+        path: The folder, which need not be there.
         site: It names folders that are shared although they do not look it.
         mounts: Table of file systems.
+        key: What the page calls the folder.
 
     Raises:
         ConfigError: It lies on a disk of this node.
@@ -191,8 +236,8 @@ def refuse_node_local(path: Path, site: Site, mounts: str = "/proc/self/mounts")
     point, kind = _file_system_of(there, Path(mounts).read_text(encoding="utf-8"))
     if kind in NODE_LOCAL:
         raise ConfigError(
-            f"run_dir = {path}: lies on {point}, a disk of this node ({kind}) that other nodes do not see; give a "
-            "run_dir on the file system that they share, or name the folder under shared_folders of the site's file "
+            f"{key} = {path}: lies on {point}, a disk of this node ({kind}) that other nodes do not see; give a "
+            f"{key} on the file system that they share, or name the folder under shared_folders of the site's file "
             "if all nodes do see it"
         )
 

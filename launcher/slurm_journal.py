@@ -6,11 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launcher.slurm_queue import find_job
 from sdtrain.errors import ConfigError, StorageError
 from sdtrain.run_dir import RunDir, append_json_line, read_json_lines
+
+Kind = Literal["training", "ingestion"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,8 @@ class Submission:
         folder: Where it was submitted, which relative paths of the page start from.
         config: The page.
         overrides: `key=value` settings over it.
-        options: Options of `sdtrain-launch slurm` by name, those that were given.
+        options: Options of `sdtrain-launch slurm` or `slurm-data` by name, those that were given.
+        kind: What the job does.
     """
 
     job: str
@@ -30,6 +33,7 @@ class Submission:
     config: str
     overrides: list[str]
     options: dict[str, Any]
+    kind: Kind = "training"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,8 @@ class Start:
         ranks_per_node: One per GPU.
         nodes: Number of nodes.
         attempt_before: Attempt whose word stood in `exit.json`; its word again is stale.
-        checkpoints: Names of those that were committed.
+        checkpoints: Names of what was committed.
+        kind: What the job does.
     """
 
     job: str
@@ -53,17 +58,20 @@ class Start:
     nodes: int
     attempt_before: str | None
     checkpoints: list[str]
+    kind: Kind = "training"
 
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """`logs/slurm.jsonl` of a run.
+    """`logs/slurm.jsonl` of a run, or of an ingestion's output.
 
     Attributes:
-        run_dir: The run.
+        run_dir: The run; the output folder of an ingestion.
+        key: What the page calls that folder.
     """
 
     run_dir: RunDir
+    key: Literal["run_dir", "output"] = "run_dir"
 
     @property
     def folder(self) -> Path:
@@ -86,7 +94,8 @@ class Journal:
             self.path.touch()
         except OSError as error:
             raise StorageError(
-                f"run_dir = {self.run_dir.path}: {self.path} cannot be written: {error.strerror}; give another run_dir"
+                f"{self.key} = {self.run_dir.path}: {self.path} cannot be written: {error.strerror}; give another "
+                f"{self.key}"
             ) from None
 
     def add(self, event: str, row: Submission | Start | dict[str, Any]) -> None:
@@ -108,8 +117,22 @@ class Journal:
 
     def newest_job(self) -> str | None:
         """The job that was submitted or started last."""
+        newest = self._newest()
+        return None if newest is None else str(newest["job"])
+
+    def is_ingestion(self) -> bool:
+        """Whether that job filled an output folder with data, and trained nothing."""
+        newest = self._newest()
+        return newest is not None and newest.get("kind") == "ingestion"
+
+    def newest_end(self) -> dict[str, Any] | None:
+        """How the last start that ended did so: job, restart, code, reason, requeued."""
+        ends = self._rows("end")
+        return ends[-1] if ends else None
+
+    def _newest(self) -> dict[str, Any] | None:
         rows = [row for row in read_json_lines(self.path) if row.get("event") in ("submit", "start")]
-        return str(rows[-1]["job"]) if rows else None
+        return rows[-1] if rows else None
 
 
 def fruitless_starts(starts: Sequence[Start], checkpoints: set[str]) -> int:

@@ -107,7 +107,7 @@ def test_the_script_is_submitted_by_hand(new_run: NewRun, mode: str) -> None:
         ),
         (["--nodes", "4"], "--nodes 4 --gpus-per-node 1: partition main has 2 such nodes (nodes with GPUs on each: 2"),
         (["--time", "tomorrow"], "--time tomorrow: give HH:MM:SS or D-HH:MM:SS, such as 24:00:00 or 2-00:00:00"),
-        (["--time", "00:02:00"], "--time 00:02:00: the ranks are told to leave 120 s before the limit (save_seconds"),
+        (["--time", "00:02:00"], "--time 00:02:00: a job is told to leave 120 s before the limit (save_seconds"),
         (
             ["--time", "9-00:00:00", "--partition", "urgent"],
             "--time 9-00:00:00: partition urgent ends jobs after 24:00:",
