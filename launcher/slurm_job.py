@@ -61,37 +61,73 @@ class Surroundings:
             )
         except (KeyError, ValueError) as error:
             raise ConfigError(
-                f"{error} is not set as in a batch job of Slurm: slurm/train.sbatch calls this, submit it with "
-                "--ntasks-per-node; people call `sdtrain-launch slurm CONFIG`"
+                f"{error} is not set as in a batch job of Slurm: slurm/train.sbatch and data.sbatch call this, submit "
+                "them with --ntasks-per-node; people call `sdtrain-launch slurm CONFIG` or `slurm-data CONFIG`"
             ) from None
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the starts of a job bring forward together.
+
+    Attributes:
+        journal: Where they are written down.
+        committed: Names of what stands of it now.
+        unit: What a start must add, in words.
+        next_start: What another start does, in words.
+    """
+
+    journal: Journal
+    committed: set[str]
+    unit: str
+    next_start: str
+
+    @property
+    def folder(self) -> Path:
+        """The run's, or an ingestion's output."""
+        return self.journal.run_dir.path
+
+
+def training(run_dir: RunDir) -> Work:
+    """A run and its checkpoints."""
+    unit = f"checkpoint under {run_dir.checkpoints}"
+    return Work(Journal(run_dir), checkpoint_names(run_dir), unit, "go on from the newest checkpoint")
+
+
 def begin(run_dir: RunDir, here: Surroundings, max_restarts: int) -> Path:
-    """Write the start down; returns the folder for the ranks' output.
+    """Write a start of a run down; returns the folder for the ranks' output.
 
     Raises:
         NoProgressError: The job was started too often, or in vain.
         StorageError: The run's folder cannot be written to.
     """
-    journal = Journal(run_dir)
+    before = run_dir.read_exit()
+    return write_start(training(run_dir), here, max_restarts, None if before is None else before.attempt)
+
+
+def write_start(work: Work, here: Surroundings, max_restarts: int, attempt_before: str | None = None) -> Path:
+    """Write a start down; returns the folder for what its processes say.
+
+    Raises:
+        NoProgressError: The job was started too often, or in vain.
+        StorageError: The folder cannot be written to.
+    """
+    journal = work.journal
     starts = [start for start in journal.starts() if start.job == here.job]
     if here.restart > max_restarts:
-        raise NoProgressError(_capped(run_dir, here.restart - 1, max_restarts))
-    checkpoints = checkpoint_names(run_dir)
-    if starts and fruitless_starts(starts, checkpoints) >= MAX_FRUITLESS_STARTS:
-        raise NoProgressError(_in_vain(run_dir))
+        raise NoProgressError(_capped(work, here.restart - 1, max_restarts))
+    if starts and fruitless_starts(starts, work.committed) >= MAX_FRUITLESS_STARTS:
+        raise NoProgressError(_in_vain(work))
     journal.prepare()
     logs = journal.folder / f"slurm-{here.job}.{here.restart}"
     logs.mkdir(exist_ok=True)
-    before = run_dir.read_exit()
-    attempt = None if before is None else before.attempt
-    start = Start(here.job, here.restart, logs.name, here.ranks_per_node, here.nodes, attempt, sorted(checkpoints))
-    journal.add("start", start)
+    placement = (here.job, here.restart, logs.name, here.ranks_per_node, here.nodes)
+    journal.add("start", Start(*placement, attempt_before, sorted(work.committed), journal.kind))
     return logs
 
 
 def end(run_dir: RunDir, here: Surroundings, max_restarts: int, step_status: int) -> ExitCode | int:
-    """Decide about another start, and ask the scheduler for it.
+    """Decide by the ranks' word about another start of a run, and ask the scheduler for it.
 
     Args:
         run_dir: The run.
@@ -111,14 +147,44 @@ def end(run_dir: RunDir, here: Surroundings, max_restarts: int, step_status: int
     code = int(crash_code(ended)) if found is None else found.code
     told = _told(found, ended, journal.folder / starts[-1].logs)
     again = found is None or found.code in RESTARTABLE
-    in_vain = fruitless_starts(starts, checkpoint_names(run_dir))
-    delay = BACKOFF_SECONDS * 2**in_vain if found is not None and found.is_refusal else 0
+    is_refused = found is not None and found.is_refusal
+    return write_end(training(run_dir), here, max_restarts, code, told, again=again, is_refused=is_refused)
+
+
+def write_end(
+    work: Work,
+    here: Surroundings,
+    max_restarts: int,
+    code: int,
+    told: str,
+    *,
+    again: bool,
+    is_refused: bool = False,
+) -> int:
+    """Write down how a start ended, and ask the scheduler for another one unless enough were made.
+
+    Args:
+        work: What it worked on.
+        here: The job.
+        max_restarts: How often it may be started again.
+        code: How it ended.
+        told: The same in words.
+        again: Whether another start can mend that.
+        is_refused: Whether it could not begin yet; the next one is later each time.
+
+    Returns:
+        The batch script's exit code.
+    """
+    journal = work.journal
+    starts = [start for start in journal.starts() if start.job == here.job]
+    in_vain = fruitless_starts(starts, work.committed)
+    delay = BACKOFF_SECONDS * 2**in_vain if is_refused else 0
     if again and in_vain >= MAX_FRUITLESS_STARTS:
-        again, code, told = False, int(ExitCode.NO_PROGRESS), f"{told}; {_in_vain(run_dir)}"
+        again, code, told = False, int(ExitCode.NO_PROGRESS), f"{told}; {_in_vain(work)}"
     elif again:
-        why_not = _why_not_again(run_dir, here, max_restarts)
+        why_not = _why_not_again(work, here, max_restarts)
         when = f" in {delay // 60} minutes or later" if delay else ""
-        again, told = why_not is None, f"{told}; {why_not or f'requeued, to go on from the newest checkpoint{when}'}"
+        again, told = why_not is None, f"{told}; {why_not or f'requeued, to {work.next_start}{when}'}"
     _say(told)
     try:
         journal.add("end", {"job": here.job, "restart": here.restart, "code": code, "reason": told, "requeued": again})
@@ -128,7 +194,7 @@ def end(run_dir: RunDir, here: Surroundings, max_restarts: int, step_status: int
         try:
             requeue(here.job, delay_seconds=delay)
         except ConfigError as error:
-            _say(f"{error}. Go on with: sdtrain-launch resume {run_dir.path}")
+            _say(f"{error}. Go on with: sdtrain-launch resume {work.folder}")
     return code
 
 
@@ -151,10 +217,10 @@ def _told(found: Exit | None, ended: Ended, logs: Path) -> str:
     return f"crash: the ranks left no exit.json (srun {how}); every rank's output is in {logs}"
 
 
-def _why_not_again(run_dir: RunDir, here: Surroundings, max_restarts: int) -> str | None:
+def _why_not_again(work: Work, here: Surroundings, max_restarts: int) -> str | None:
     """What keeps this job from being requeued; None where nothing does."""
     if here.restart >= max_restarts:
-        return _capped(run_dir, here.restart, max_restarts)
+        return _capped(work, here.restart, max_restarts)
     job = find_job(here.job)
     if job is None or job.state not in ("RUNNING", "TIMEOUT"):
         state = "gone" if job is None else f"{job.state} ({job.reason})"
@@ -162,17 +228,17 @@ def _why_not_again(run_dir: RunDir, here: Surroundings, max_restarts: int) -> st
     return None
 
 
-def _capped(run_dir: RunDir, restarts: int, max_restarts: int) -> str:
+def _capped(work: Work, restarts: int, max_restarts: int) -> str:
     return (
         f"not requeued: job had {restarts} restarts, and --max-restarts is {max_restarts}. "
-        f"Go on with: sdtrain-launch resume {run_dir.path}"
+        f"Go on with: sdtrain-launch resume {work.folder}"
     )
 
 
-def _in_vain(run_dir: RunDir) -> str:
+def _in_vain(work: Work) -> str:
     return (
-        f"not requeued: {MAX_FRUITLESS_STARTS} starts in a row made no new checkpoint under {run_dir.checkpoints}. "
-        f"See sdtrain-launch logs {run_dir.path}, mend the cause, then: sdtrain-launch resume {run_dir.path}"
+        f"not requeued: {MAX_FRUITLESS_STARTS} starts in a row made no new {work.unit}. "
+        f"See sdtrain-launch logs {work.folder}, mend the cause, then: sdtrain-launch resume {work.folder}"
     )
 
 

@@ -67,11 +67,16 @@ class Journal:
 
     Attributes:
         run_dir: The run; the output folder of an ingestion.
-        key: What the page calls that folder.
+        kind: What its jobs do.
     """
 
     run_dir: RunDir
-    key: Literal["run_dir", "output"] = "run_dir"
+    kind: Kind = "training"
+
+    @property
+    def key(self) -> str:
+        """What the page calls the folder."""
+        return "run_dir" if self.kind == "training" else "output"
 
     @property
     def folder(self) -> Path:
@@ -121,7 +126,7 @@ class Journal:
         return None if newest is None else str(newest["job"])
 
     def is_ingestion(self) -> bool:
-        """Whether that job filled an output folder with data, and trained nothing."""
+        """Whether that job fills an output folder with data, and trains nothing."""
         newest = self._newest()
         return newest is not None and newest.get("kind") == "ingestion"
 
