@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from sdtrain.errors import ConfigError
+from sdtrain.errors import ConfigError, PeerLostError
 
 _OBJECT_STORE_BYTES = 128 << 20  # units travel as paths, so the store stays almost empty
 _PROBE_SECONDS = 10.0
@@ -27,6 +27,9 @@ def start_private(workers: int, memory_per_worker_bytes: int | None) -> None:
     Args:
         workers: CPU slots.
         memory_per_worker_bytes: What each may reserve; None declares what the machine has.
+
+    Raises:
+        PeerLostError: One of Ray's processes died meanwhile, or could not be started.
     """
     _set_environment()
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else Ray listens on every interface
@@ -37,16 +40,23 @@ def start_private(workers: int, memory_per_worker_bytes: int | None) -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=workers,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        _memory=None if memory_per_worker_bytes is None else memory_per_worker_bytes * workers,
-        _node_ip_address="127.0.0.1",
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=workers,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _memory=None if memory_per_worker_bytes is None else memory_per_worker_bytes * workers,
+            _node_ip_address="127.0.0.1",
+        )
+    except Exception as error:  # Ray raises no narrower one where its gcs_server or raylet dies, or cannot start
+        logs = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray")
+        raise PeerLostError(
+            f"Ray did not start on this machine: {str(error).rstrip('.')}. Its logs are under {logs}. What is "
+            "committed stands: start the same command again"
+        ) from error
 
 
 def _set_environment() -> None:
