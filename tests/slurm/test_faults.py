@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -129,7 +131,7 @@ def test_a_rank_is_killed(new_run: NewRun, whole: dict[str, torch.Tensor], mode:
     assert_finished_alike(run, whole)
     ended = run.events("end")[0]
     assert (ended["code"], ended["rank"]) == (ExitCode.HANG, 1)
-    assert "died in phase" in ended["reason"]
+    assert ended["reason"].startswith("rank 1 on n2 died in phase ")
 
 
 def test_a_rank_hangs(new_run: NewRun, whole: dict[str, torch.Tensor]) -> None:
@@ -140,7 +142,30 @@ def test_a_rank_hangs(new_run: NewRun, whole: dict[str, torch.Tensor]) -> None:
     assert_finished_alike(run, whole)
     ended = run.events("end")[0]
     assert (ended["code"], ended["rank"]) == (ExitCode.HANG, 1)
-    assert ended["reason"].startswith("hang: rank 1 ")
+    assert ended["reason"].startswith("hang: rank 1 on n2 is stopped (state T")
+
+
+def test_an_earlier_start_of_the_job_is_still_alive(new_run: NewRun) -> None:
+    """As after a node was cut off from the scheduler: the job comes back later instead of ending."""
+    run = new_run("alive")
+    page = page_of(run, max_steps=4)
+    run.run.path.mkdir()
+    run.run.lease.write_text("{}")
+    with subprocess.Popen([sys.executable, "-c", HOLDER, run.run.lease], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            run.submit(page)
+            signed = {"attempt": "a", "host": "n9", "pid": holder.pid, "since": 0, "job": run.job}
+            run.run.lease.write_text(json.dumps(signed))
+            wait_until(lambda: run.state() == "PENDING" and run.restarts() == 1, 150, "the job is back in the queue")
+        finally:
+            holder.kill()
+    begins = datetime.fromisoformat(slurm("squeue", "--noheader", f"--jobs={run.job}", "--format=%S"))
+    assert 180 < (begins - datetime.now()).total_seconds() <= 240
+    assert run.wait_for_end() == "COMPLETED", run.said()
+    assert (run.word().code, run.word().step, run.restarts()) == (0, 4, 1)
+    assert f"attempt a is alive here, as process {holder.pid} of n9 since " in run.said()
+    assert "requeued, to go on from the newest checkpoint in 4 minutes or later" in run.said()
 
 
 # It stops, and says why -----------------------------------------------------------------------------------------------
@@ -181,6 +206,13 @@ def test_who_cancels_a_job_means_it(new_run: NewRun) -> None:
     assert f"to the scheduler job {run.job} is" in run.said()
 
 
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "r+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
 POISON = """
 import os, signal, sys
 if "train" in sys.orig_argv:
