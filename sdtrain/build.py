@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, assert_never
+from typing import Any, NamedTuple, assert_never
 
 from sdtrain.autoencoders import kl
 from sdtrain.autoencoders.load import autoencoder_facts, load_autoencoder
 from sdtrain.conditioners.none import NoConditioner
+from sdtrain.conditioners.text import WEIGHTS_FILE as TEXT_WEIGHTS_FILE
 from sdtrain.conditioners.text import (
     ClipTextConditioner,
     build_tokenizer,
@@ -34,6 +35,7 @@ from sdtrain.diffusion.process import DiffusionProcess
 from sdtrain.diffusion.timesteps import TimestepPhase, TimestepSampling
 from sdtrain.errors import ConfigError, DataError
 from sdtrain.nn.compilation import compile_blocks
+from sdtrain.nn.folders import WEIGHTS_FILE
 from sdtrain.records import DrawSpec, Task
 from sdtrain.tasks.autoencoding import AutoencodingTask
 from sdtrain.tasks.latent_diffusion import LatentDiffusionTask
@@ -58,6 +60,28 @@ def build_autoencoder(config: AutoencoderConfig) -> kl.AutoencoderKL:
     if config.scaling_factor is not None or "scaling_factor" not in kwargs:
         kwargs["scaling_factor"] = config.scaling_factor or 1.0
     return kl.AutoencoderKL(**kwargs)
+
+
+class Pretrained(NamedTuple):
+    """Weights that a page names: the key, the folder or hub name, and where in a pipeline's folder they would lie."""
+
+    key: str
+    source: str
+    part: str
+    weights_file: str
+
+
+def pretrained(config: TrainingConfig) -> list[Pretrained]:
+    """All weights that networks of this page begin with."""
+    found = []
+    if config.autoencoder is not None and config.autoencoder.weights is not None:
+        found.append(Pretrained("autoencoder.weights", config.autoencoder.weights, "vae", WEIGHTS_FILE))
+    if isinstance(config.conditioner, ClipTextConfig) and config.conditioner.weights is not None:
+        found.append(Pretrained("conditioner.weights", config.conditioner.weights, "text_encoder", TEXT_WEIGHTS_FILE))
+    if config.denoiser is not None and config.denoiser.weights is not None:
+        part = "unet" if isinstance(config.denoiser, UNetConfig) else "transformer"
+        found.append(Pretrained("denoiser.weights", config.denoiser.weights, part, WEIGHTS_FILE))
+    return found
 
 
 def build_denoiser(config: DenoiserConfig) -> Denoiser:

@@ -6,12 +6,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sdtrain.errors import ConfigError, DataError, SdtrainError
+from sdtrain.errors import ConfigError, DataError, PreflightError, SdtrainError
 from sdtrain.run_dir import REFUSED_STEP, Exit, RunDir, tell_launcher
 
 if TYPE_CHECKING:
@@ -133,6 +134,35 @@ def inspect(
     from sdtrain.evaluation.inspect_run import inspect as show
 
     show(run, verify=verify, as_json=as_json)
+
+
+@app.command(epilog="Example: sdtrain doctor configs/sd15/tiny/train.yaml")
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A training page; else the machine.")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    worker: Annotated[bool, typer.Option("--worker", help="As one rank of a job, together with the others.")] = False,
+    output: Annotated[Path | None, typer.Option(help="With --worker: folder that gets preflight.json.")] = None,
+    hosts: Annotated[str, typer.Option(help="With --worker: the job's hosts, so that absent ones have names.")] = "",
+    join_seconds: Annotated[float, typer.Option(help="With --worker: how long to wait for absent ranks.")] = 300.0,
+) -> None:
+    """Check that this machine, or all nodes of a job, can run a page: 0 or 9."""
+    from sdtrain.config.load import load_training
+
+    if worker:
+        if config is None or output is None:
+            raise ConfigError("doctor --worker needs CONFIG and --output FOLDER; sdtrain-launch gives both")
+        from sdtrain.training.doctor import examine_as_rank
+
+        page = partial(load_training, config, overrides or [])
+        raise typer.Exit(examine_as_rank(page, output, expected=hosts.split(), join_seconds=join_seconds))
+    page = None if config is None else load_training(config, overrides or [])
+    from sdtrain.training.doctor import examine_alone
+
+    found = examine_alone(page)
+    typer.echo(_json(found.as_json()) if as_json else found.text())
+    if not found.passed:
+        raise PreflightError(found.reason)
 
 
 @app.command(epilog="Example: sdtrain evaluate samples/digits --world data/digits/world.json --output accuracy.json")

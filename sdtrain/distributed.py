@@ -43,11 +43,15 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def initialize(*, timeout_seconds: float) -> Ranks:
+def initialize(*, timeout_seconds: float, store: dist.Store | None = None) -> Ranks:
     """Join the process group: gloo for CPU tensors, NCCL beside it where there is an accelerator.
 
     Agreement goes over gloo, so that asking the other ranks costs no CPU-GPU sync point. Without a launcher the group
     has one rank.
+
+    Args:
+        timeout_seconds: How long a collective waits.
+        store: Where the ranks have met already; else they meet at MASTER_ADDR:MASTER_PORT.
     """
     place = ranks()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -58,7 +62,11 @@ def initialize(*, timeout_seconds: float) -> Ranks:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    timeout = timedelta(seconds=timeout_seconds)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
     return place
 
 

@@ -16,6 +16,8 @@ from sdtrain.errors import ConfigError, ExitCode, StorageError
 REFUSALS = "SDTRAIN_REFUSALS"
 """Environment variable: a folder outside the run's, in which a refused start leaves its word for the launcher."""
 REFUSED_STEP = -1
+PREFLIGHT_FILE = "preflight.json"
+"""What `sdtrain doctor` leaves for its launcher, in the folder of a start's logs."""
 
 _JOB_LOGS = frozenset({".out", ".err", ".log"})
 _SHOWN = 5

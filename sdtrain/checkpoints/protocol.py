@@ -289,7 +289,7 @@ def space_problem(folder: Path, num_bytes: int, num_files: int) -> str:
     """
     needed = distributed.sum_over_ranks(num_bytes) + SPARE_BYTES
     entries = distributed.sum_over_ranks(num_files) + 8
-    free_bytes, free_entries = _free(folder)
+    free_bytes, free_entries = free_space(folder)
     free_bytes, free_entries = distributed.min_over_ranks(free_bytes), distributed.min_over_ranks(free_entries)
     if free_bytes < needed:
         return f"{folder}: {free_bytes / 2**20:.1f} MiB free, {needed / 2**20:.1f} MiB needed"
@@ -298,7 +298,7 @@ def space_problem(folder: Path, num_bytes: int, num_files: int) -> str:
     return ""
 
 
-def _free(folder: Path) -> tuple[float, float]:
+def free_space(folder: Path) -> tuple[float, float]:
     """Free bytes and inodes; file systems that do not count them have infinitely many, broken ones none."""
     try:
         stats = os.statvfs(nearest_existing(folder) or folder)

@@ -6,10 +6,11 @@ import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,20 +43,90 @@ def find_folder(source: str, *, part: str, weights_file: str = WEIGHTS_FILE) -> 
     )
 
 
+def look_for(source: str, *, part: str, weights_file: str = WEIGHTS_FILE) -> str:
+    """Where the network behind `source` will come from, without its tensors being read or fetched.
+
+    Args:
+        source: As for `find_folder`.
+        part: The network's sub-folder in a pipeline.
+        weights_file: Name of the safetensors file.
+
+    Returns:
+        A few words: its folder and size, or that the hub has it.
+
+    Raises:
+        ConfigError: No folder or hub gives it, or its file is cut short.
+    """
+    if Path(source).is_dir():
+        path = find_folder(source, part=part, weights_file=weights_file) / weights_file
+    else:
+        _refuse_other_names(source)
+        cached = _cached(source, part, weights_file)
+        if cached is None:
+            return _ask_hub(source, [weights_file, f"{part}/{weights_file}"])
+        path = cached
+    if not path.is_file():
+        raise ConfigError(f"{path}: missing; give a folder with safetensors weights")
+    try:
+        with safe_open(path, framework="pt"):  # reads the header, and compares the file's size with it
+            return f"{path.parent}, {path.stat().st_size / 2**20:,.1f} MiB"
+    except SafetensorError as error:
+        raise ConfigError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
+
+
+def _cached(source: str, part: str, weights_file: str) -> Path | None:
+    """The weights in the hub's cache of this machine; None where they are not."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for name in (weights_file, f"{part}/{weights_file}"):
+        with suppress(HFValidationError):
+            found = try_to_load_from_cache(source, name)
+            if isinstance(found, str):
+                return Path(found)
+    return None
+
+
+def _ask_hub(source: str, names: Sequence[str]) -> str:
+    """That a hub repository holds one of some files.
+
+    Raises:
+        ConfigError: It does not, or the hub does not answer.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        files = snapshot_download(source, allow_patterns=list(names), dry_run=True)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise _not_given(source, error) from error
+    if not files:
+        raise ConfigError(f"{source}: the hub's repository holds no {' or '.join(names)}; give another source")
+    return f"on the hub, {sum(one.file_size or 0 for one in files) / 2**20:,.1f} MiB to be fetched at the start"
+
+
 def _fetch(source: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ConfigError(f"{source}: no such folder; give a folder in diffusers' layout or a hub name like owner/name")
+    _refuse_other_names(source)
     try:
         return Path(snapshot_download(source, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(
-            f"{source}: not a local folder, and the hub did not give it ({reason}); download it where there is a "
-            "network and give the folder"
-        ) from error
+        raise _not_given(source, error) from error
+
+
+def _refuse_other_names(source: str) -> None:
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise ConfigError(f"{source}: no such folder; give a folder in diffusers' layout or a hub name like owner/name")
+
+
+def _not_given(source: str, error: Exception) -> ConfigError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ConfigError(
+        f"{source}: not a local folder, and the hub did not give it ({reason}); download it where there is a "
+        "network and give the folder"
+    )
 
 
 def read_folder(folder: Path, *, weights_file: str = WEIGHTS_FILE) -> tuple[dict[str, Any], dict[str, Tensor]]:

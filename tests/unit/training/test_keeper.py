@@ -127,7 +127,8 @@ def test_every_n_th_stays(tmp_path: Path) -> None:
 def fail_times(monkeypatch: pytest.MonkeyPatch, outcomes: list[bool]) -> None:
     """Let saves find room on the disk or none, in this order."""
     left = iter(outcomes)
-    monkeypatch.setattr("sdtrain.checkpoints.protocol._free", lambda folder: (float("inf") if next(left) else 0.0,) * 2)
+    room = "sdtrain.checkpoints.protocol.free_space"
+    monkeypatch.setattr(room, lambda folder: (float("inf") if next(left) else 0.0,) * 2)
 
 
 def test_the_third_failed_save_in_a_row_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +156,7 @@ def test_a_save_in_between_forgives_the_failures(tmp_path: Path, monkeypatch: py
 
 
 def test_a_real_full_disk_counts_as_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdtrain.checkpoints.protocol._free", lambda folder: (0.0, 0.0))
+    monkeypatch.setattr("sdtrain.checkpoints.protocol.free_space", lambda folder: (0.0, 0.0))
     assert committed(make(tmp_path), 1) is None
     assert commits(tmp_path) == []
 
