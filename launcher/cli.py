@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher import slurm_job, slurm_queue
+from launcher import slurm_data, slurm_data_job, slurm_job, slurm_queue
 from launcher import status as run_status
 from launcher.site import load_site
 from launcher.slurm import SITE_OPTIONS, Mode, job_of, refuse_impossible, refuse_node_local, render
@@ -34,8 +34,16 @@ from sdtrain.errors import ConfigError, SdtrainError
 from sdtrain.run_dir import RunDir
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the page.")]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[STAGE | KEY=VALUE]...", help="Stages to run (default: all), settings over the page."),
+]
+RunFolder = Annotated[Path, typer.Argument(help="Run folder, or an ingestion's output folder.")]
 GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one rank for each.")]
 Partition = Annotated[str | None, typer.Option(help="Partition.")]
+Account = Annotated[str | None, typer.Option(help="Account that is charged.")]
+Qos = Annotated[str | None, typer.Option(help="Quality of service.")]
+Constraint = Annotated[str | None, typer.Option(help="Node features, as in h100&ib.")]
 TimeLimit = Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="Time limit of one job; the next one goes on.")]
 MaxRequeues = Annotated[int | None, typer.Option(min=0, help="How often the job may be requeued.")]
 ModeOption = Annotated[Mode | None, typer.Option(help="One task per GPU (srun), or one agent per node (torchrun).")]
@@ -143,9 +151,9 @@ def slurm(
     gpus_per_node: GpusPerNode = None,
     time: TimeLimit = None,
     partition: Partition = None,
-    account: Annotated[str | None, typer.Option(help="Account that is charged.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
-    constraint: Annotated[str | None, typer.Option(help="Node features, as in h100&ib.")] = None,
+    account: Account = None,
+    qos: Qos = None,
+    constraint: Constraint = None,
     max_restarts: MaxRequeues = None,
     mode: ModeOption = None,
     site: SiteFile = None,
@@ -201,7 +209,7 @@ def submit_run(
 
 @app.command()
 def resume(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: RunFolder,
     overrides: Overrides = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes, if it shall be another.")] = None,
     gpus_per_node: GpusPerNode = None,
@@ -212,29 +220,37 @@ def resume(
     site: SiteFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and stop.")] = False,
 ) -> None:
-    """Submit a run again, with its stored page and options; it goes on from its newest checkpoint."""
+    """Submit a run, or the ingestion of an output folder, again, with its page and options; it goes on where it is."""
     read_status(run)  # refuses what is no run folder
     journal = Journal(RunDir(run))
+    if mode is not None and journal.is_ingestion():
+        raise ConfigError(f"--mode {mode}: {run} is an ingestion's output, and this is for training")
     changed = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "partition": partition}
     changed |= {"max_restarts": max_restarts, "mode": mode, "site": None if site is None else str(site.absolute())}
     again = resubmission(journal, {name: value for name, value in changed.items() if value is not None})
     with contextlib.chdir(again.folder):
-        submit_run(Path(again.config), [*again.overrides, *(overrides or [])], again.options, dry_run=dry_run)
+        page, words = Path(again.config), [*again.overrides, *(overrides or [])]
+        if again.kind == "ingestion":
+            submit_data(page, words, again.options, dry_run=dry_run)
+        else:
+            submit_run(page, words, again.options, dry_run=dry_run)
 
 
 @app.command()
 def cancel(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: RunFolder,
     now: Annotated[bool, typer.Option("--now", help="Do not let it save.")] = False,
 ) -> None:
-    """Let a job save and end, or take it out of the queue."""
+    """Let a job save and end, or take it out of the queue; an ingestion's ends at once, as all it commits is saved."""
     typer.echo(cancel_run(Journal(RunDir(run)), now=now))
 
 
 @app.command()
 def logs(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    rank: Annotated[int | None, typer.Option(min=0, help="Rank; else the one that ended the run, or 0.")] = None,
+    run: RunFolder,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Rank (of an ingestion: node); else the one that ended the run, or 0.")
+    ] = None,
     lines: Annotated[int, typer.Option(min=1, help="Lines of each file.")] = 20,
 ) -> None:
     """Print the ends of what the newest job and a rank of it have said."""
@@ -263,13 +279,83 @@ def slurm_end(logs_folder: Path, max_restarts: int = 0, step_status: int = 0) ->
     raise typer.Exit(int(slurm_job.end(run_dir, Surroundings.of(os.environ), max_restarts, step_status)))
 
 
+@app.command("slurm-data")
+def slurm_data_(
+    config: Annotated[Path, typer.Argument(help="A page of kind ingestion (YAML).")],
+    words: Words = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes, each with one Ray node.")] = 1,
+    cpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Cores of each node; else whole nodes with all of their memory.")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=0, help="GPUs of each node, for stages that encode or score; else none.")
+    ] = None,
+    time: TimeLimit = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    constraint: Constraint = None,
+    max_restarts: MaxRequeues = None,
+    site: SiteFile = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and stop.")] = False,
+) -> None:
+    """Run `sdtrain-data` on a Slurm cluster: Ray on the nodes of one job, which requeues itself until all is done."""
+    options = {"nodes": nodes, "cpus_per_node": cpus_per_node, "gpus_per_node": gpus_per_node, "time": time}
+    options |= {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
+    options |= {"max_restarts": max_restarts, "site": None if site is None else str(site.absolute())}
+    given = {name: value for name, value in options.items() if value is not None}
+    submit_data(config, words or [], given, dry_run=dry_run)
+
+
+def submit_data(config: Path, words: Sequence[str], options: dict[str, Any], *, dry_run: bool) -> None:
+    """Submit an ingestion and print what comes next; or its batch script."""
+    for line in slurm_data.submit_ingestion(config, words, options, dry_run=dry_run):
+        typer.echo(line)
+
+
+@app.command("slurm-data-begin", hidden=True)
+def slurm_data_begin(config: Path, words: Words = None, max_restarts: int = 0) -> None:
+    """Begin slurm/data.sbatch: check the page, write the start down; print a folder for logs, an address, the nodes."""
+    here = Surroundings.of(os.environ)
+    page = slurm_data.checked_page(config, words or [])
+    names = slurm_data_job.node_names(os.environ)
+    address = slurm_data_job.head_address(names, here, os.environ.get("SDTRAIN_MASTER_ADDR"))
+    logs_folder = slurm_data_job.begin_ingestion(page.output, here, max_restarts).absolute()
+    typer.echo(f"{logs_folder}\n{address}\n{','.join(names)}")
+
+
+@app.command("slurm-data-node", hidden=True)
+def slurm_data_node(address: str) -> None:
+    """Run Ray on one node of slurm/data.sbatch until it is told to end."""
+    raise typer.Exit(slurm_data_job.run_node(slurm_data_job.RayNode.of(address, os.environ), os.environ))
+
+
+@app.command("slurm-data-end", hidden=True)
+def slurm_data_end(
+    logs_folder: Path,
+    max_restarts: int = 0,
+    status: int = 0,
+    told: Annotated[bool, typer.Option("--told")] = False,
+    lost: Annotated[bool, typer.Option("--lost")] = False,
+) -> None:
+    """End slurm/data.sbatch: decide by how the ingestion ended whether the job is requeued, and exit by it."""
+    here, output = Surroundings.of(os.environ), logs_folder.parents[1]
+    code = slurm_data_job.end_ingestion(output, here, max_restarts, status, was_told=told, lost_ray=lost)
+    raise typer.Exit(code)
+
+
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: RunFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print how a run last ended, its newest checkpoint and its last metrics."""
+    """Print how a run last ended, its newest checkpoint and its last metrics; or how an ingestion's job stands."""
     found = read_status(run)
+    journal = Journal(RunDir(run))
+    if journal.is_ingestion():
+        facts = json.dumps(slurm_data.ingestion_facts(journal), indent=2)
+        typer.echo(facts if as_json else "\n".join(slurm_data.ingestion_lines(journal)))
+        return
     typer.echo(json.dumps(found.as_json(), indent=2) if as_json else run_status.render(found))
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from launcher.container import MOUNT, Runtime
 from sdtrain.config.base import NonEmptyStr, PositiveInt, Section
 from sdtrain.config.load import load_section
 from sdtrain.config.problems import Problem
@@ -37,6 +38,9 @@ class Site(Section):
         environment: Variables of a job, such as those of NCCL; SDTRAIN_MASTER_ADDR replaces the first node's name.
         shared_folders: Folders that all nodes see, although they look like a disk of the login node.
         scratch: Folder on every node's own disk for temporary files and compile caches.
+        container: Image that the ranks run in: a path, or a name in a registry; null runs them on the nodes themselves.
+        container_runtime: `pyxis`, options of srun, or `apptainer`, a program.
+        container_mounts: `SRC[:DST[:FLAGS]]` beside the folders of submission and run, and the temporary one.
     """
 
     partition: NonEmptyStr | None = None
@@ -53,6 +57,9 @@ class Site(Section):
     environment: dict[str, str] = Field(default_factory=dict)
     shared_folders: tuple[Path, ...] = ()
     scratch: Path | None = None
+    container: NonEmptyStr | None = None
+    container_runtime: Runtime = "pyxis"
+    container_mounts: tuple[NonEmptyStr, ...] = ()
 
 
 def variables_have_names(environment: dict[str, str]) -> Iterator[Problem]:
@@ -76,7 +83,17 @@ def modules_are_words(modules: tuple[str, ...]) -> Iterator[Problem]:
             yield Problem(f"modules.{index}", "must be one module, such as cuda/12.8")
 
 
-SITE_RULES = (variables_have_names, options_are_options, modules_are_words)
+def mounts_are_mounts(container_mounts: tuple[str, ...]) -> Iterator[Problem]:
+    """As both runtimes read them."""
+    for index, mount in enumerate(container_mounts):
+        if not MOUNT.fullmatch(mount):
+            yield Problem(
+                f"container_mounts.{index}",
+                "must be SRC[:DST[:FLAGS]] with absolute paths, such as /data or /data:/data:ro",
+            )
+
+
+SITE_RULES = (variables_have_names, options_are_options, modules_are_words, mounts_are_mounts)
 
 
 def load_site(path: Path | None) -> Site:

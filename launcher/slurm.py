@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from launcher.container import container_of, shell_lines
 from launcher.site import Site
 from launcher.slurm_queue import groups_of, seconds_of
 from sdtrain.errors import ConfigError
@@ -21,7 +22,7 @@ _TIME = re.compile(r"(\d+-)?\d{1,3}:\d\d:\d\d")
 # File systems that one node alone sees; any other (nfs, lustre, gpfs, beegfs, ceph, fuse, ...) is taken as shared.
 NODE_LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay", "vfat"})
 
-SITE_OPTIONS = ("partition", "account", "qos", "constraint")
+SITE_OPTIONS = ("partition", "account", "qos", "constraint", "container")
 
 Mode = Literal["srun", "torchrun"]
 
@@ -132,7 +133,7 @@ def fill_in(
 
     Args:
         template: The script.
-        wanted: Options of sbatch by name, those that are not None.
+        wanted: Options of sbatch by name; None leaves one out, True gives it without a value.
         settings: Lines that set the script's own variables.
         site: What is the same for all jobs.
         run_dir: Where the job writes what it says, in `logs/`.
@@ -144,6 +145,7 @@ def fill_in(
     """
     lines = [f"#SBATCH {option}" for option in _options(wanted, site, run_dir, folder)]
     lines += settings
+    lines += _container_lines(site, run_dir, folder)
     if site.modules:
         lines += ["module purge", f"module load {shlex.join(site.modules)}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in _variables(site).items()]
@@ -170,8 +172,16 @@ def _options(wanted: Mapping[str, object], site: Site, run_dir: RunDir, folder: 
         "chdir": folder.absolute(),
         "output": f"{output}/slurm-%j.out",
     }
-    options = [f"--{name}={shlex.quote(str(value))}" for name, value in all_wanted.items() if value is not None]
+    given = {name: value for name, value in all_wanted.items() if value is not None}
+    options = [f"--{name}" if value is True else f"--{name}={shlex.quote(str(value))}" for name, value in given.items()]
     return [*options, *site.sbatch]
+
+
+def _container_lines(site: Site, run_dir: RunDir, folder: Path) -> list[str]:
+    """Where the tasks run; they see the same folders at the same paths."""
+    container = container_of(site.container, site.container_runtime, site.container_mounts)
+    places = (run_dir.path.absolute(), site.scratch or Path("/tmp"))
+    return shell_lines(container, folder.absolute(), places, _variables(site))
 
 
 def _variables(site: Site) -> dict[str, str]:

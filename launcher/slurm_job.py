@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +33,16 @@ class Surroundings:
         restart: How many starts it had before.
         nodes: Number of nodes.
         ranks_per_node: Tasks on each.
+        partition: Where it runs.
+        node_list: Its nodes, as Slurm writes lists.
     """
 
     job: str
     restart: int
     nodes: int
     ranks_per_node: int
+    partition: str = ""
+    node_list: str = ""
 
     @property
     def world_size(self) -> int:
@@ -58,6 +62,8 @@ class Surroundings:
                 restart=int(environment.get("SLURM_RESTART_COUNT", "0")),  # unset on the first start
                 nodes=int(environment["SLURM_NNODES"]),
                 ranks_per_node=int(environment["SLURM_NTASKS_PER_NODE"]),
+                partition=environment.get("SLURM_JOB_PARTITION", ""),
+                node_list=environment.get("SLURM_JOB_NODELIST", ""),
             )
         except (KeyError, ValueError) as error:
             raise ConfigError(
@@ -113,7 +119,7 @@ def write_start(work: Work, here: Surroundings, max_restarts: int, attempt_befor
         StorageError: The folder cannot be written to.
     """
     journal = work.journal
-    starts = [start for start in journal.starts() if start.job == here.job]
+    starts = journal.counted_starts(here.job)
     if here.restart > max_restarts:
         raise NoProgressError(_capped(work, here.restart - 1, max_restarts))
     if starts and fruitless_starts(starts, work.committed) >= MAX_FRUITLESS_STARTS:
@@ -160,6 +166,7 @@ def write_end(
     *,
     again: bool,
     is_refused: bool = False,
+    exclude: Sequence[str] = (),
 ) -> int:
     """Write down how a start ended, and ask the scheduler for another one unless enough were made.
 
@@ -171,12 +178,13 @@ def write_end(
         told: The same in words.
         again: Whether another start can mend that.
         is_refused: Whether it could not begin yet; the next one is later each time.
+        exclude: Nodes that the next one must do without.
 
     Returns:
         The batch script's exit code.
     """
     journal = work.journal
-    starts = [start for start in journal.starts() if start.job == here.job]
+    starts = journal.counted_starts(here.job)
     in_vain = fruitless_starts(starts, work.committed)
     delay = BACKOFF_SECONDS * 2**in_vain if is_refused else 0
     if again and in_vain >= MAX_FRUITLESS_STARTS:
@@ -184,6 +192,7 @@ def write_end(
     elif again:
         why_not = _why_not_again(work, here, max_restarts)
         when = f" in {delay // 60} minutes or later" if delay else ""
+        when += f" without {', '.join(exclude)}" if exclude else ""
         again, told = why_not is None, f"{told}; {why_not or f'requeued, to {work.next_start}{when}'}"
     _say(told)
     try:
@@ -192,7 +201,7 @@ def write_end(
         _say(f"{journal.path} could not be written: {error.strerror}")
     if again:
         try:
-            requeue(here.job, delay_seconds=delay)
+            requeue(here.job, delay_seconds=delay, exclude=exclude)
         except ConfigError as error:
             _say(f"{error}. Go on with: sdtrain-launch resume {work.folder}")
     return code

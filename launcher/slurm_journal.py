@@ -181,6 +181,11 @@ def resubmission(journal: Journal, changed: dict[str, Any]) -> Submission:
         ConfigError: The run never was a job, or the folder that it was submitted from is gone.
     """
     run, submissions, newest = journal.run_dir, journal.submissions(), journal.newest_job()
+    if journal.is_ingestion() and not submissions:
+        raise ConfigError(
+            f"{run.path}: its job {newest} was submitted by hand, so its page is not known here; submit it with: "
+            "sdtrain-launch slurm-data CONFIG"
+        )
     if newest is None or not (submissions or run.config.exists()):
         raise ConfigError(
             f"{run.path}: no Slurm job of this run is known ({journal.path}); submit it with: "
@@ -188,9 +193,10 @@ def resubmission(journal: Journal, changed: dict[str, Any]) -> Submission:
         )
     last = submissions[-1] if submissions else _as_submitted(journal.starts()[-1])
     if not Path(last.folder).is_dir():
+        command = "slurm-data CONFIG" if journal.is_ingestion() else f"slurm {run.config} run_dir={run.path}"
         raise ConfigError(
             f"{run.path}: was submitted from {last.folder}, which is gone, and paths of its page may start there; go "
-            f"to where they do and submit it with: sdtrain-launch slurm {run.config} run_dir={run.path}"
+            f"to where they do and submit it with: sdtrain-launch {command}"
         )
     if not run.config.exists():
         return replace(last, options={**last.options, **changed})

@@ -15,6 +15,8 @@ from sdtrain.errors import ConfigError
 TIMEOUT_SECONDS = 60
 _LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 _GPUS = re.compile(r"\bgpu(?::[^:,()]+)?:(\d+)")
+_EXCLUDED = re.compile(r"\bExcNodeList=(\S+)")
+_UNUSABLE = re.compile(r"down|drain|fail|maint|power_?down|unknown|future|.*\*$")  # `*`: does not answer
 ENDED = frozenset({"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE"})
 
 
@@ -117,9 +119,42 @@ def node_groups() -> list[NodeGroup]:
     groups = []
     for line in ask("sinfo", "--noheader", "--format=%P|%D|%G|%l").splitlines():
         name, nodes, gres, limit = line.strip().split("|")
-        gpus = sum(int(count) for count in _GPUS.findall(gres))
-        groups.append(NodeGroup(name.rstrip("*"), name.endswith("*"), int(nodes), gpus, seconds_of(limit)))
+        groups.append(NodeGroup(name.rstrip("*"), name.endswith("*"), int(nodes), _gpus_of(gres), seconds_of(limit)))
     return groups
+
+
+def _gpus_of(gres: str) -> int:
+    return sum(int(count) for count in _GPUS.findall(gres))
+
+
+def usable_nodes(partition: str, gpus: int) -> list[str]:
+    """Names of a partition's nodes with that many GPUs, busy or not, that the scheduler gives to jobs.
+
+    Raises:
+        ConfigError: sinfo does not answer.
+    """
+    rows = ask("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%G|%T").splitlines()
+    found = [row.strip().split("|") for row in rows]
+    return [name for name, gres, state in found if _gpus_of(gres) >= gpus and not _UNUSABLE.match(state)]
+
+
+def host_names(nodes: str) -> list[str]:
+    """The names in one of Slurm's lists, such as `n[1-3,7]`.
+
+    Raises:
+        ConfigError: scontrol does not answer.
+    """
+    return ask("scontrol", "show", "hostnames", nodes).split() if nodes else []
+
+
+def excluded_nodes(job: str) -> str:
+    """The nodes that a job must not run on, as Slurm's list; empty where there are none.
+
+    Raises:
+        ConfigError: scontrol does not answer, or knows no such job.
+    """
+    match = _EXCLUDED.search(ask("scontrol", "show", "job", job))
+    return "" if match is None or match[1] == "(null)" else match[1]
 
 
 def groups_of(partition: str | None) -> list[NodeGroup]:
@@ -168,19 +203,23 @@ def _in_accounting(job: str) -> QueuedJob | None:
     return QueuedJob(state.split()[0], *rest)  # `CANCELLED by 1000`
 
 
-def requeue(job: str, *, delay_seconds: int = 0) -> None:
+def requeue(job: str, *, delay_seconds: int = 0, exclude: Sequence[str] = ()) -> None:
     """Let the running job that this process belongs to be started again.
 
     Args:
         job: Its number.
         delay_seconds: How long it waits at least; 0 leaves that to the scheduler.
+        exclude: Nodes that it must not run on from now on, beside those that it must not run on already.
 
     Raises:
         ConfigError: The scheduler refuses; with its words.
     """
-    if delay_seconds > 0:  # a requeued job's processes are told to end, this one has one more thing to say
+    if delay_seconds > 0 or exclude:  # a requeued job's processes are told to end, this one has more to say
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    without = ",".join([*filter(None, [excluded_nodes(job)]), *exclude]) if exclude else ""
     ask("scontrol", "requeue", job)
+    if exclude:  # refused while the job runs; a requeued one waits at least as long as credentials live
+        ask("scontrol", "update", f"jobid={job}", f"ExcNodeList={without}")
     if delay_seconds > 0:
         ask("scontrol", "update", f"jobid={job}", f"StartTime=now+{delay_seconds}")
 

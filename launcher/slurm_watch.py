@@ -14,6 +14,8 @@ from sdtrain.errors import ConfigError, ExitCode
 def cancel_run(journal: Journal, *, now: bool) -> str:
     """End the newest job of a run; returns what was done about it.
 
+    An ingestion is ended at once in any case, since what it has committed stays.
+
     Args:
         journal: Of the run.
         now: Do not wait for a save.
@@ -28,7 +30,7 @@ def cancel_run(journal: Journal, *, now: bool) -> str:
     if queued is None or queued.is_over:
         state = "has left the queue" if queued is None else f"is {queued.state} already"
         raise ConfigError(f"{path}: its job {job} {state}; nothing to cancel")
-    if queued.state == "RUNNING" and not now:
+    if queued.state == "RUNNING" and not now and not journal.is_ingestion():
         (path / "STOP").touch()
         return f"job {job}: saves after its next step and ends; to end it at once: sdtrain-launch cancel {path} --now"
     cancel(job)

@@ -82,11 +82,11 @@ def read_status(run: Path) -> Status:
         progress=next((row for row in reversed(rows) if "train/images_per_second" in row), None),
         restarts=max(0, sum(row.get("event") == "start" for row in run_dir.ledger_rows()) - 1),
         job=job,
-        queued=None if job is None else _queued(job),
+        queued=None if job is None else queued_job(job),
     )
 
 
-def _queued(job: str) -> QueuedJob | None:
+def queued_job(job: str) -> QueuedJob | None:
     """How the scheduler sees a job; a machine without Slurm's commands can still read the rest of a run."""
     try:
         return find_job(job)
@@ -131,7 +131,8 @@ def _progress_text(status: Status) -> str:
     return ", ".join(parts)
 
 
-def _job_text(job: str, queued: QueuedJob | None) -> str:
+def job_text(job: str, queued: QueuedJob | None) -> str:
+    """A job's number and what the scheduler says of it."""
     if queued is None:
         return f"{job}: not known to a scheduler here"
     facts = [queued.state] if queued.reason == "None" else [queued.state, queued.reason]
@@ -153,5 +154,5 @@ def render(status: Status) -> str:
         "progress": _progress_text(status),
     }
     if status.job is not None:
-        lines["job"] = _job_text(status.job, status.queued)
+        lines["job"] = job_text(status.job, status.queued)
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())

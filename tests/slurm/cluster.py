@@ -127,8 +127,8 @@ class ClusterRun:
 
     def said(self) -> str:
         """What the batch script and the ranks said."""
-        files = sorted((self.folder / "run" / "logs").glob("slurm-*.out"))
-        files += sorted((self.folder / "run" / "logs").glob("slurm-*/*.log"))
+        logs = self.run.path / "logs"
+        files = [*sorted(logs.glob("slurm-*.out")), *sorted(logs.glob("slurm-*/*.log"))]
         return "\n".join(f"{file.name}: {file.read_text(errors='replace')[-3000:]}" for file in files)
 
     def events(self, event: str) -> list[dict[str, Any]]:
