@@ -13,7 +13,7 @@ from data_pipeline.layout import shapes_of
 from data_pipeline.runner import Runner
 from data_pipeline.stage import Stage
 from data_pipeline.stages.filter import FilterSettings
-from sdtrain.config.curation import ContentDedupConfig, ScoresConfig
+from sdtrain.config.curation import ContentDedupConfig
 from sdtrain.config.ingestion import (
     DigitsSource,
     DownloadConfig,
@@ -107,8 +107,9 @@ def _curation_stages(config: IngestionConfig) -> list[Stage]:
         stages += content_dedup_stages(config.content_dedup, config.download, images, verdicts)
     thresholds = thresholds_of(config.scores)
     if config.scores is not None:
+        _check_device(config)
         scored = out / "04-score"
-        stages.append(ScoreStage(config.scores, images, verdicts, scored, num_gpus=_gpus_for(config.scores)))
+        stages.append(ScoreStage(config.scores, images, verdicts, scored))
     ranked = tuple(sorted({threshold.score for threshold in thresholds if threshold.is_percentile}))
     if ranked and scored is not None:
         percentiles = out / "04-score-percentiles"
@@ -124,16 +125,18 @@ def _in_words(dedup: ContentDedupConfig | None) -> str:
     return "equal bytes" if dedup.by == "bytes" else f"perceptual hash within {dedup.radius} bits"
 
 
-def _gpus_for(scores: ScoresConfig) -> int:
-    """GPUs of a worker that scores.
+def _check_device(config: IngestionConfig) -> None:
+    """Tell at once, where Ray runs on this machine alone; a cluster's nodes may have GPUs that this machine lacks.
 
     Raises:
-        ConfigError: The page wants one where there is none.
+        ConfigError: The page wants a GPU where there is none.
     """
-    found = 0 if scores.device == "cpu" else _gpus_of_a_worker()
-    if scores.device == "cuda" and not found:
+    if config.runner.address is not None or config.scores is None or config.scores.device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
         raise ConfigError("scores.device is cuda, but this machine has no GPU that torch can use; take auto or cpu")
-    return found
 
 
 def _digits_stage(config: IngestionConfig, source: DigitsSource) -> Stage:
@@ -184,7 +187,7 @@ def _shard_stages(config: IngestionConfig) -> list[Stage]:
     from data_pipeline.stages.tokenize import TokenizeStage
 
     tokenize = TokenizeStage(images, tokens, config.tokenize.max_length)
-    encode = EncodeStage(images, tokens, latents, config.encode, num_gpus=_gpus_of_a_worker())
+    encode = EncodeStage(images, tokens, latents, config.encode)
     captions, last = _captions_stages(config, latents)
     makers = (transform, tokenize, encode)
     manifest = ManifestStage("manifest", last, out / "08-manifest", target, makers, _is_bucketed(config))
@@ -216,13 +219,6 @@ class ImageTransform:
         facts = self.settings.model_dump(mode="json", include={"image_size", "resize_mode", "jpeg_quality"})
         shapes = [list(shape) for shape in shapes_of(self.settings)] if self.settings.resize_mode == "buckets" else []
         return {"transform": facts | ({"bucket_shapes": shapes} if shapes else {})}
-
-
-def _gpus_of_a_worker() -> int:
-    """One where this machine has any."""
-    import torch
-
-    return 1 if torch.cuda.is_available() else 0
 
 
 def images_folder(output: Path) -> Path:

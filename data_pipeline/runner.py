@@ -21,8 +21,9 @@ from typing import Any
 
 from rich.console import Console
 
-from data_pipeline.cluster import Done, Executor, Failed, Outcome, Pool
+from data_pipeline.cluster import Executor, Pool
 from data_pipeline.ledger import Commit, DeadLetters, DigestCache, Ledger
+from data_pipeline.outcome import Done, Failed, Outcome
 from data_pipeline.progress import RunProgress, StageProgress, rows_of
 from data_pipeline.stage import Needs, Stage, Unit, Work, numbered_files, one_to_one
 from sdtrain.errors import DataError, StorageError

@@ -37,12 +37,15 @@ Rules for workers:
   a worker process that dies, is tried again with backoff, `max_attempts` times in all.
 - `needs=Needs(keeps_worker=True, ...)` makes long-lived actors: `worker()` is called once per actor, not per unit.
 - With `num_gpus=1` there is one actor per GPU, else one per CPU slot, and never more than the nodes can hold.
+- `prefers_gpu=True` does so where any node has a GPU, wherever the driver runs; `has_gpu()` in `worker()` says which.
 - A count called `rows` in what a worker returns is what `sdtrain-data status` shows (`data_pipeline.progress.rows_of`).
 """
 
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +53,7 @@ from typing import Any, Protocol
 
 from rich.console import RenderableType
 
-from sdtrain.errors import DataError
+from sdtrain.errors import ConfigError, DataError
 
 
 def unit_name(index: int) -> str:
@@ -92,7 +95,8 @@ class Needs:
 
     Attributes:
         num_cpus: CPU slots of one worker; at most the run's workers are counted.
-        num_gpus: GPUs of one worker.
+        num_gpus: GPUs of one worker, without which it does not start.
+        prefers_gpu: One GPU where any node has one, and the CPU where none has.
         keeps_worker: Long-lived actors that call `worker()` once, for models and process-wide openers.
         max_workers: Upper bound for this stage, below the run's number of workers.
         environment: Variables set in the worker process before it starts.
@@ -100,9 +104,30 @@ class Needs:
 
     num_cpus: float = 1
     num_gpus: float = 0
+    prefers_gpu: bool = False
     keeps_worker: bool = False
     max_workers: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def has_gpu() -> bool:
+    """Whether Ray gave this worker a GPU; outside of Ray, whether torch can use one.
+
+    Raises:
+        ConfigError: Ray gave one that torch cannot use: the CPU would take its place without a word.
+    """
+    import torch
+
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return torch.cuda.is_available()
+    given = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    if given and not torch.cuda.is_available():
+        raise ConfigError(
+            f"Ray gave a worker on {socket.gethostname()} GPU {', '.join(given)}, but torch {torch.__version__} cannot "
+            "use it: mend the driver there, or start Ray's node with --num-gpus 0 to work on the CPU"
+        )
+    return bool(given)
 
 
 Work = Callable[[Unit, Path], Mapping[str, Any]]

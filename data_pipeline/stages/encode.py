@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Float16, UInt8
 
-from data_pipeline.stage import Needs, Unit, Work, numbered_files, one_to_one
+from data_pipeline.stage import Needs, Unit, Work, has_gpu, numbered_files, one_to_one
 from sdtrain.autoencoders.load import autoencoder_facts, load_autoencoder
 from sdtrain.config.ingestion import EncodeConfig
 from sdtrain.data.manifest import FLIPPED
@@ -45,21 +45,19 @@ class EncodeStage:
         tokens: Folder of the token shards.
         folder: Where the latent shards go.
         settings: Autoencoder, batch size, precision, compilation, flips and how many images are checked.
-        num_gpus: GPUs of one worker; 0 encodes on the CPU.
     """
 
     images: Path
     tokens: Path
     folder: Path
     settings: EncodeConfig
-    num_gpus: float = 0
     name: str = "encode"
     version: str = "1"
 
     @property
     def needs(self) -> Needs:
         """Long-lived processes that hold the autoencoder."""
-        return Needs(num_gpus=self.num_gpus, keeps_worker=True)
+        return Needs(prefers_gpu=True, keeps_worker=True)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the data set's manifest says of its latents."""
@@ -86,7 +84,7 @@ class EncodeStage:
 
     def worker(self) -> Work:
         """Load the autoencoder once."""
-        encoder = Encoder(self.settings, on_gpu=self.num_gpus > 0)
+        encoder = Encoder(self.settings, on_gpu=has_gpu())
 
         def work(unit: Unit, folder: Path) -> dict[str, Any]:
             with (

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.ledger import sha256_file
-from data_pipeline.stage import Needs, Unit, Work, numbered_files, one_to_one
+from data_pipeline.stage import Needs, Unit, Work, has_gpu, numbered_files, one_to_one
 from data_pipeline.stages.content_dedup import KEPT
 from sdtrain.config.curation import ScoresConfig
 from sdtrain.data.shard import ShardReader
@@ -38,21 +38,20 @@ class ScoreStage:
         images: Folder of the image shards.
         verdicts: Folder of the verdicts of the content dedup; None scores all samples.
         folder: Where the scores go.
-        num_gpus: GPUs of one worker; 0 scores on the CPU.
     """
 
     settings: ScoresConfig
     images: Path
     verdicts: Path | None
     folder: Path
-    num_gpus: float = 0
     name: str = "score"
     version: str = "1"
 
     @property
     def needs(self) -> Needs:
         """Long-lived processes that hold the model."""
-        return Needs(num_gpus=self.num_gpus, keeps_worker=True)
+        device = self.settings.device
+        return Needs(num_gpus=float(device == "cuda"), prefers_gpu=device == "auto", keeps_worker=True)
 
     def config_facts(self) -> Mapping[str, Any]:
         """The model; its weights are inputs. The batch size decides the kernels and so the last bits."""
@@ -78,7 +77,7 @@ class ScoreStage:
         """Load the model once."""
         from data_pipeline.scorer import Scorer
 
-        scorer = Scorer(self.settings, on_gpu=self.num_gpus > 0)
+        scorer = Scorer(self.settings, on_gpu=self.settings.device != "cpu" and has_gpu())
         tools = json.dumps(self._tools(), sort_keys=True)
 
         def work(unit: Unit, folder: Path) -> dict[str, Any]:

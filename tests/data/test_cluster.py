@@ -36,15 +36,15 @@ def test_in_a_namespace(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def two_nodes(token: Path) -> Iterator[Any]:
-    """A head and one more node, of one CPU each, which ask everybody for the token."""
+def two_nodes(token: Path, **of_second: Any) -> Iterator[Any]:
+    """A head and one more node, of one CPU each or with what is given, which ask everybody for the token."""
     os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"})
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets in it have short names
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "memory": 4_000_000_000, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=node)
-    cluster.add_node(**node)
+    cluster.add_node(**(node | of_second))
     try:
         yield cluster
     finally:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from data_pipeline.cluster import InlineExecutor
 from data_pipeline.runner import Runner
-from data_pipeline.stage import Unit
+from data_pipeline.stage import Unit, has_gpu
 from data_pipeline.stages.encode import Encoder, EncodeStage, autoencoder_facts, describe, summarize
 from sdtrain.autoencoders.load import load_autoencoder, save_autoencoder
 from sdtrain.config.ingestion import EncodeConfig
@@ -316,11 +316,12 @@ def test_missing_weights_are_named(autoencoder: Path) -> None:
         autoencoder_facts(str(autoencoder))
 
 
-def test_gpus_are_asked_for_only_where_they_are_given(tmp_path: Path, autoencoder: Path) -> None:
-    stage = stage_for(tmp_path, autoencoder)
-    assert (stage.needs.num_gpus, stage.needs.keeps_worker) == (0, True)
-    with_gpu = EncodeStage(stage.images, stage.tokens, stage.folder, stage.settings, num_gpus=1)
-    assert with_gpu.needs.num_gpus == 1
+def test_a_gpu_is_taken_where_there_is_one(tmp_path: Path, autoencoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = stage_for(tmp_path, autoencoder).needs
+    assert (needs.num_gpus, needs.prefers_gpu, needs.keeps_worker) == (0, True, True)
+    for is_there in (True, False):  # in a process without Ray; tests/data/test_cluster_head.py asks Ray's workers
+        monkeypatch.setattr(torch.cuda, "is_available", lambda is_there=is_there: is_there)
+        assert has_gpu() is is_there
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from data_pipeline import cluster, ray_start
+from data_pipeline import ray_pool, ray_start
 from data_pipeline.cluster import InlineExecutor, RayExecutor
 from data_pipeline.ledger import Ledger, sha256_file
 from data_pipeline.runner import Needs, Runner
@@ -116,8 +116,8 @@ def test_actors_that_find_no_room_hold_no_unit(world, executor):
 
 @pytest.mark.parametrize("keeps_worker", [False, True])
 def test_a_stage_that_no_node_can_take_ends_with_its_needs_and_the_nodes(world, executor, monkeypatch, keeps_worker):
-    monkeypatch.setattr(cluster, "_PATIENCE_SECONDS", 0.5)
-    monkeypatch.setattr(cluster, "_LOOK_EVERY_SECONDS", 0.1)
+    monkeypatch.setattr(ray_pool, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(ray_pool, "_LOOK_EVERY_SECONDS", 0.1)
     with pytest.raises(PeerLostError, match=r"no node could take a worker \(CPU 1, GPU 1, memory 1e\+09\)") as caught:
         world.run("out", executor, needs=Needs(num_gpus=1, keeps_worker=keeps_worker))
     assert "nodes alive: CPU 4, GPU 0, memory 4e+09. What is committed stands" in str(caught.value)

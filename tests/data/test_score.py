@@ -17,14 +17,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from data_pipeline.build import _gpus_for, stages_for
+from data_pipeline.build import stages_for
 from data_pipeline.cluster import Executor, InlineExecutor, RayExecutor
 from data_pipeline.ledger import sha256_file
 from data_pipeline.runner import Runner
 from data_pipeline.scorer import Scorer, load_head
+from data_pipeline.stages.score import ScoreStage
 from data_pipeline.stages.select import thresholds_of
 from sdtrain.config.curation import ContentDedupConfig, ScoresConfig
-from sdtrain.config.ingestion import DigitsSource, DownloadConfig, IngestionConfig, ValidationSplitConfig
+from sdtrain.config.ingestion import DigitsSource, DownloadConfig, IngestionConfig, RunnerConfig, ValidationSplitConfig
 from sdtrain.data.manifest import Manifest
 from sdtrain.data.shard import ShardReader
 from sdtrain.errors import ConfigError, DataError
@@ -258,13 +259,24 @@ def test_what_no_worker_could_load_is_refused_before_one_starts(
         run(page(tmp_path, settings(files, **changes)))
 
 
-def test_a_gpu_that_is_not_there_is_no_silent_cpu(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_not_there_is_no_silent_cpu(
+    tmp_path: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage_of(**changes: Any) -> ScoreStage:
+        runner = RunnerConfig(address=changes.pop("address", None))
+        config = page(tmp_path, settings(files, **changes)).model_copy(update={"runner": runner})
+        (stage,) = (stage for stage in stages_for(config) if isinstance(stage, ScoreStage))
+        return stage
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _gpus_for(settings(files)) == 0
     with pytest.raises(ConfigError, match=r"scores\.device is cuda, but this machine has no GPU that torch can use"):
-        _gpus_for(settings(files, device="cuda"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert (_gpus_for(settings(files)), _gpus_for(settings(files, device="cpu"))) == (1, 0)
+        stage_of(device="cuda")
+    needs = {device: stage_of(device=device, address="auto").needs for device in ("auto", "cpu", "cuda")}
+    assert {device: (one.num_gpus, one.prefers_gpu) for device, one in needs.items()} == {
+        "auto": (0, True),
+        "cpu": (0, False),
+        "cuda": (1, False),
+    }
 
 
 def test_thresholds_come_in_the_order_of_the_page() -> None:
