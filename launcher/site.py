@@ -32,6 +32,8 @@ class Site(Section):
         cpus_per_gpu: Cores of a rank and its data workers; null leaves it to the cluster.
         time: Time limit of one job, HH:MM:SS or D-HH:MM:SS; a run goes on in the next one.
         save_seconds: How long before the limit the ranks are told to save and leave.
+        preflight: Whether a job begins with `sdtrain doctor` on all of its ranks.
+        exclude_bad_nodes: Whether a job that finds failing or slow nodes so is requeued without them.
         max_restarts: How often a job is requeued before it needs a person.
         sbatch: Further options of sbatch, such as `--exclusive` or `--mem=0`.
         modules: Environment modules that a job loads first.
@@ -51,6 +53,8 @@ class Site(Section):
     cpus_per_gpu: PositiveInt | None = None
     time: NonEmptyStr = "24:00:00"
     save_seconds: Annotated[int, Field(ge=1, le=65535)] = 120
+    preflight: bool = True
+    exclude_bad_nodes: bool = False
     max_restarts: Annotated[int, Field(ge=0)] = 50
     sbatch: tuple[NonEmptyStr, ...] = ()
     modules: tuple[NonEmptyStr, ...] = ()

@@ -25,6 +25,8 @@ NODE_LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "
 SITE_OPTIONS = ("partition", "account", "qos", "constraint", "container")
 
 Mode = Literal["srun", "torchrun"]
+Preflight = Literal["on", "exclude", "off"]
+"""Check all nodes first; and come back without bad ones; or train at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Job:
         max_restarts: How often the job may be requeued.
         resume: Checkpoint that the first start begins from: `auto`, `never`, a folder or a URL.
         name: Name of the job.
+        preflight: What is checked first, and what follows from it.
+        exclude: Nodes that it must not run on, as Slurm writes lists.
     """
 
     nodes: int
@@ -48,6 +52,8 @@ class Job:
     max_restarts: int
     resume: str
     name: str
+    preflight: Preflight = "on"
+    exclude: str | None = None
 
     def __post_init__(self) -> None:
         check_time(self.time)
@@ -85,7 +91,22 @@ def job_of(options: Mapping[str, Any], site: Site, name: str, resume: str) -> Jo
         max_restarts=options.get("max_restarts", site.max_restarts),
         resume=resume,
         name=job_name(name),
+        preflight=preflight_of(options, site),
+        exclude=options.get("exclude"),
     )
+
+
+def preflight_of(options: Mapping[str, Any], site: Site) -> Preflight:
+    """What is checked before training, by the options of the command line and the site's defaults.
+
+    Raises:
+        ConfigError: The options contradict each other.
+    """
+    if options.get("preflight") is False and options.get("exclude_bad_nodes"):
+        raise ConfigError("--exclude-bad-nodes needs the preflight that finds them; leave --no-preflight out")
+    if not options.get("preflight", site.preflight):
+        return "off"
+    return "exclude" if options.get("exclude_bad_nodes", site.exclude_bad_nodes) else "on"
 
 
 def job_name(name: str) -> str:
@@ -115,8 +136,10 @@ def render(job: Job, site: Site, run_dir: RunDir, folder: Path, page: Path, over
         "cpus-per-task": site.cpus_per_gpu,
         "time": job.time,
         "signal": f"USR1@{site.save_seconds}",
+        "exclude": job.exclude,
     }
-    settings = [f"mode={job.mode}", f"max_restarts={job.max_restarts}", f"resume={shlex.quote(job.resume)}"]
+    settings = [f"mode={job.mode}", f"preflight={job.preflight}"]
+    settings += [f"max_restarts={job.max_restarts}", f"resume={shlex.quote(job.resume)}"]
     return fill_in(TEMPLATE, wanted, settings, site, run_dir, folder, [str(page), *overrides])
 
 

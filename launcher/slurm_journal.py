@@ -120,6 +120,16 @@ class Journal:
         """All of them, in order."""
         return [Start(**row) for row in self._rows("start")]
 
+    def counted_starts(self, job: str) -> list[Start]:
+        """Those of a job that could come to something: all but those that only found out which nodes are bad."""
+        left = {row["restart"] for row in self._rows("preflight") if row["job"] == job and row["excluded"]}
+        return [start for start in self.starts() if start.job == job and start.restart not in left]
+
+    def newest_preflight(self) -> dict[str, Any] | None:
+        """What the last one found: job, restart, passed, reason, failing, slow, excluded."""
+        rows = self._rows("preflight")
+        return rows[-1] if rows else None
+
     def newest_job(self) -> str | None:
         """The job that was submitted or started last."""
         newest = self._newest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ class Status:
         restarts: Starts of the run beyond its first one.
         job: Number of its newest Slurm job; None where it never was one.
         queued: How the scheduler sees that job; None where it does not know it any more.
+        preflight: What the newest preflight found and led to; None where there was none.
     """
 
     run: Path
@@ -38,6 +40,7 @@ class Status:
     restarts: int
     job: str | None
     queued: QueuedJob | None
+    preflight: str | None
 
     def as_json(self) -> dict[str, Any]:
         """The same facts as plain JSON values."""
@@ -53,6 +56,7 @@ class Status:
             "restarts": self.restarts,
             "job": self.job,
             "queued": queued,
+            "preflight": self.preflight,
         }
 
 
@@ -83,6 +87,7 @@ def read_status(run: Path) -> Status:
         restarts=max(0, sum(row.get("event") == "start" for row in run_dir.ledger_rows()) - 1),
         job=job,
         queued=None if job is None else queued_job(job),
+        preflight=preflight_text(journal.newest_preflight()),
     )
 
 
@@ -143,6 +148,17 @@ def job_text(job: str, queued: QueuedJob | None) -> str:
     return f"{job}: {', '.join(facts)}"
 
 
+def preflight_text(row: Mapping[str, Any] | None) -> str | None:
+    """What the newest job's preflight found and led to, in a line; None where there was none."""
+    if row is None:
+        return None
+    bad = {**row["slow"], **row["failing"]}
+    named = "; ".join(f"{node} ({', '.join(why)})" for node, why in bad.items()) or row["reason"]
+    found = "passed" if row["passed"] else "failed"
+    without = f"; requeued without {', '.join(row['excluded'])}" if row["excluded"] else ""
+    return f"{found}{': ' if named else ''}{named}{without}"
+
+
 def render(status: Status) -> str:
     """A few aligned lines for a terminal."""
     checkpoint = "none" if status.newest_checkpoint is None else str(status.newest_checkpoint)
@@ -153,6 +169,8 @@ def render(status: Status) -> str:
         "metrics": _metrics_text(status.metrics),
         "progress": _progress_text(status),
     }
+    if status.preflight is not None:
+        lines["preflight"] = status.preflight
     if status.job is not None:
         lines["job"] = job_text(status.job, status.queued)
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
