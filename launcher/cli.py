@@ -14,6 +14,7 @@ import typer
 
 from launcher import slurm_data, slurm_data_job, slurm_job, slurm_queue
 from launcher import status as run_status
+from launcher.container import container_of, refuse_missing, spelled_out
 from launcher.site import load_site
 from launcher.slurm import SITE_OPTIONS, Mode, job_of, refuse_impossible, refuse_node_local, render
 from launcher.slurm_job import Surroundings
@@ -47,6 +48,10 @@ Constraint = Annotated[str | None, typer.Option(help="Node features, as in h100&
 TimeLimit = Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="Time limit of one job; the next one goes on.")]
 MaxRequeues = Annotated[int | None, typer.Option(min=0, help="How often the job may be requeued.")]
 ModeOption = Annotated[Mode | None, typer.Option(help="One task per GPU (srun), or one agent per node (torchrun).")]
+ContainerOption = Annotated[
+    str | None,
+    typer.Option("--container", metavar="IMAGE", help="Image to run in: a path, a registry's name, or none for none."),
+]
 SiteFile = Annotated[Path | None, typer.Option(help="The site's defaults; else $SDTRAIN_SITE or slurm/site.yaml.")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -156,6 +161,7 @@ def slurm(
     constraint: Constraint = None,
     max_restarts: MaxRequeues = None,
     mode: ModeOption = None,
+    container: ContainerOption = None,
     site: SiteFile = None,
     resume: Annotated[
         str, typer.Option(metavar="auto|PATH|never", help="Checkpoint that the first start begins from; may be a URL.")
@@ -166,6 +172,7 @@ def slurm(
     options = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "partition": partition}
     options |= {"account": account, "qos": qos, "constraint": constraint, "max_restarts": max_restarts}
     options |= {"mode": mode, "site": None if site is None else str(site.absolute())}
+    options |= {"container": spelled_out(container)}
     given = {name: value for name, value in options.items() if value is not None}
     check_resume(resume)
     submit_run(config, overrides or [], given, resume=resume, dry_run=dry_run)
@@ -197,6 +204,7 @@ def submit_run(
         return
     refuse_impossible(job.nodes, job.gpus_per_node, job.time, site)
     refuse_node_local(run_dir.path, site)
+    refuse_missing(container_of(site.container, site.container_runtime, site.container_mounts))
     journal = Journal(run_dir)
     refuse_second_job(journal)
     journal.prepare()
@@ -217,6 +225,7 @@ def resume(
     partition: Partition = None,
     max_restarts: MaxRequeues = None,
     mode: ModeOption = None,
+    container: ContainerOption = None,
     site: SiteFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and stop.")] = False,
 ) -> None:
@@ -227,6 +236,7 @@ def resume(
         raise ConfigError(f"--mode {mode}: {run} is an ingestion's output, and this is for training")
     changed = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "partition": partition}
     changed |= {"max_restarts": max_restarts, "mode": mode, "site": None if site is None else str(site.absolute())}
+    changed |= {"container": spelled_out(container)}
     again = resubmission(journal, {name: value for name, value in changed.items() if value is not None})
     with contextlib.chdir(again.folder):
         page, words = Path(again.config), [*again.overrides, *(overrides or [])]
