@@ -136,13 +136,14 @@ def shell_lines(
     """
     if container is None:
         return ["container=() inside=()"]
+    clean = "export PYTHONNOUSERSITE=1"  # packages under the user's home are not the image's
     mounts = ",".join([*_outermost([folder, *places]), *container.mounts])
     if container.runtime == "apptainer":
         command = ["apptainer", "exec", "--nv", f"--bind={mounts}", f"--pwd={folder}", container.image]
-        return ["container=()", _array("inside", command)]
+        return ["container=()", _array("inside", command), clean]
     ours = dict.fromkeys([*_JOB_VARIABLES, *variables])
     options = [f"--container-image={container.image}", f"--container-mounts={mounts}", f"--container-workdir={folder}"]
-    return [_array("container", [*options, f"--container-env={','.join(ours)}"]), "inside=()"]
+    return [_array("container", [*options, f"--container-env={','.join(ours)}"]), "inside=()", clean]
 
 
 def _array(name: str, words: Iterable[str]) -> str:
