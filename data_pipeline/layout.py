@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from sdtrain.config.ingestion import DownloadConfig
 
 Size = tuple[int, int]
@@ -86,3 +89,24 @@ def lay_out(original: Size, mode: ResizeMode, shapes: Sequence[Size]) -> Layout:
     scale = choose(target[0] / width, target[1] / height)
     scaled = max(1, round(width * scale)), max(1, round(height * scale))
     return Layout(original, scaled, scaled if mode == "keep_ratio" else target)
+
+
+def stored_areas(
+    sizes: npt.NDArray[np.int64], mode: ResizeMode, shapes: Sequence[Size]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """What `lay_out` says of many pictures at once.
+
+    Args:
+        sizes: Width and height of each, above 0, (N, 2).
+        mode: As for `lay_out`.
+        shapes: As for `lay_out`.
+
+    Returns:
+        Pixels of each stored picture, and whether some of them are made up.
+    """
+    targets = np.array(shapes, np.float64)  # (S, 2)
+    aspects = np.log(sizes[:, 0] / sizes[:, 1])[:, None]
+    target = targets[np.abs(np.log(targets[:, 0] / targets[:, 1]) - aspects).argmin(1)]  # (N, 2)
+    scale = target / sizes
+    scaled = np.maximum(1, np.rint(sizes * (scale.min(1) if mode == "border" else scale.max(1))[:, None]))
+    return (scaled if mode == "keep_ratio" else target).prod(1), (scaled > sizes).any(1)

@@ -24,15 +24,17 @@ from rich.table import Table as RichTable
 
 from data_pipeline.build import filter_settings
 from data_pipeline.costs import Rows, StageCost, costs_of
+from data_pipeline.plan_pictures import PictureTally
 from data_pipeline.sources.laion import Columns, Table
 from data_pipeline.sources.rows import Rows as TableRows
 from data_pipeline.stage import Stage, numbered_files
+from data_pipeline.stages.adopt import ShardTablesStage
 from data_pipeline.stages.filter import FilterSettings, Rule, failures, judge, rules_for
 from data_pipeline.stages.identity import ExcludedUrls, TextIdentity, Words, mixed, read_excluded_urls
 from data_pipeline.stages.metadata import MetadataStage, read_card
 from data_pipeline.stages.percentiles import value_at_percentile
 from data_pipeline.stages.sample import SampleStage
-from sdtrain.config.ingestion import IngestionConfig, LaionSource
+from sdtrain.config.ingestion import DigitsSource, IngestionConfig, LaionSource, ShardsSource
 from sdtrain.errors import ConfigError, DataError
 from sdtrain.run_dir import write_atomically
 
@@ -94,18 +96,34 @@ class Forecast:
 
 
 def plan_stages(config: IngestionConfig) -> list[Stage]:
-    """The stages that a forecast needs: taking stock, and the sample.
+    """The stages that a forecast needs: taking stock, as the run does and for it too, and the sample.
 
     Raises:
         ConfigError: The source has no metadata to look at.
     """
-    if not isinstance(config.source, LaionSource):
-        raise ConfigError(f"source.type: {config.source.type} has no metadata to plan from; plan needs laion")
     metadata = config.output / "01-metadata"
-    return [
-        MetadataStage(config.source.metadata, config.source.columns, metadata),
-        SampleStage(config.plan.sample, config.plan.min_sample_rows, metadata, _folder(config)),
-    ]
+    match config.source:
+        case LaionSource():
+            stock: Stage = MetadataStage(config.source.metadata, config.source.columns, metadata)
+        case ShardsSource():
+            _refuse_to_copy(config.source, metadata)
+            stock = ShardTablesStage(config.source.shards, config.download.max_bytes, metadata)
+        case DigitsSource():
+            raise ConfigError("source.type: digits has no metadata to plan from; plan needs laion or shards")
+    return [stock, SampleStage(config.plan.sample, config.plan.min_sample_rows, metadata, _folder(config))]
+
+
+def _refuse_to_copy(source: ShardsSource, metadata: Path) -> None:
+    """A forecast fetches no picture; to look into shards elsewhere is to copy them here.
+
+    Raises:
+        ConfigError: The shards are elsewhere, and the run has not copied them yet.
+    """
+    if "://" in source.shards and not (metadata / "ledger.jsonl").exists():
+        raise ConfigError(
+            f"source.shards: {source.shards}: plan looks into the shards, which would copy all of them here; plan from "
+            "a few of them on this machine, or let the stage copy them first: sdtrain-data run CONFIG metadata"
+        )
 
 
 def forecast(config: IngestionConfig) -> Forecast:
@@ -118,7 +136,8 @@ def forecast(config: IngestionConfig) -> Forecast:
     settings = filter_settings(config.filter)
     cuts = _cuts(samples, settings)
     rules = _all_rules(samples, settings, cuts)
-    tally = _Tally(rules[0])
+    is_adopted = isinstance(config.source, ShardsSource)
+    tally = _Tally(rules[0], PictureTally(config.download, is_adopted=is_adopted))
     identify = TextIdentity(config.dedup.by, config.dedup.exclude)
     listed = read_excluded_urls(config.dedup.exclude)
     for sample, bound in zip(samples, rules, strict=True):
@@ -129,7 +148,8 @@ def forecast(config: IngestionConfig) -> Forecast:
     rows_in, without_url = sum(sample.rows for sample in samples), sum(sample.without_url for sample in samples)
     funnel = tally.funnel(rows_in, without_url, _settings_in_words(rules))
     rows = Rows(rows_in, next(line.left for line in funnel if line.rule == rules[0][-1].name), funnel[-1].left)
-    cost = costs_of(config, rows, sum(sample.bytes for sample in samples), tally.mean_pixels())
+    tar_bytes = sum(sample.source_bytes for sample in samples) if is_adopted else 0
+    cost = costs_of(config, rows, sum(sample.table_bytes for sample in samples), tally.pictures.means(), tar_bytes)
     result = Forecast(
         rows_in=rows_in,
         sampled=tally.rows,
@@ -154,11 +174,21 @@ def _folder(config: IngestionConfig) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """The sampled rows of one table, and what was counted over all its rows."""
+    """The sampled rows of one table, and what was counted over all its rows.
+
+    Attributes:
+        table: The rows.
+        rows: Of the whole table.
+        table_bytes: Of the whole table.
+        source_bytes: Of what it was made from: the table itself, or a shard.
+        without_url: Rows that have none.
+        ranges: Least and greatest values by column.
+    """
 
     table: Table
     rows: int
-    bytes: int
+    table_bytes: int
+    source_bytes: int
     without_url: int
     ranges: Mapping[str, Mapping[str, Any]]
 
@@ -172,8 +202,8 @@ def _samples(config: IngestionConfig) -> list[_Sample]:
         original, schema = read_card(card), pq.read_schema(path)
         columns = Columns({name: name for name in schema.names}, original.columns.present)
         table = Table(path, original.source, stats["sampled"], columns)
-        size = json.loads(card.read_text(encoding="utf-8"))["bytes"]
-        found.append(_Sample(table, stats["rows"], size, stats["without_url"], stats["ranges"]))
+        sizes = original.path.stat().st_size, json.loads(card.read_text(encoding="utf-8"))["bytes"]
+        found.append(_Sample(table, stats["rows"], *sizes, stats["without_url"], stats["ranges"]))
     return found
 
 
@@ -223,15 +253,16 @@ class _Tally:
 
     Args:
         rules: The rules in their order.
+        pictures: Takes the rows that pass.
     """
 
-    def __init__(self, rules: Sequence[Rule]):
+    def __init__(self, rules: Sequence[Rule], pictures: PictureTally):
+        self.pictures = pictures
         self._names = [rule.name for rule in rules]
         self._verdicts = np.zeros((GROUPS, len(rules) + 1), np.int64)
         self._excluded = np.zeros(GROUPS, np.int64)
         self._kept: list[Words] = []
         self._failed = np.zeros(len(rules), np.int64)
-        self._pixels, self._pictures = 0.0, 0
 
     @property
     def rows(self) -> int:
@@ -254,17 +285,7 @@ class _Tally:
         # 60 bits of the identity under 4 of the group, which follows from the URL: equal rows stay equal
         bits = mixed(kept.high ^ mixed(kept.low)) >> np.uint64(4)
         self._kept.append(bits | (passed_group[kept.row].astype(np.uint64) << np.uint64(60)))
-        self._add_pixels(passed)
-
-    def _add_pixels(self, batch: pa.RecordBatch) -> None:
-        if {"width", "height"} <= set(batch.schema.names):
-            pixels = pc.multiply(batch["width"].cast(pa.float64()), batch["height"].cast(pa.float64()))
-            self._pixels += pc.sum(pixels).as_py() or 0.0
-            self._pictures += len(pixels) - pixels.null_count
-
-    def mean_pixels(self) -> float | None:
-        """Pixels of a picture that passes; None where no row says."""
-        return self._pixels / self._pictures if self._pictures else None
+        self.pictures.add(passed)
 
     def never_failed(self) -> set[str]:
         """Rules that no sampled row fails."""
@@ -376,7 +397,7 @@ def tables_of(forecast: Forecast) -> Iterator[RichTable]:
     for header in ("from the network", "on disk", "hours"):
         table.add_column(header, justify="right")
     for cost in forecast.costs:
-        hours = "" if cost.hours is None else f"{cost.hours:.2g}"
+        hours = cost.note if cost.hours is None else f"{cost.hours:.2g}"
         table.add_row(cost.stage, _size(cost.reads), _size(cost.writes), hours)
     yield table
 

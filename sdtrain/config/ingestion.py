@@ -280,10 +280,13 @@ class PlanConfig(Section):
         link_success: Share of the links that still give a usable picture; 0.60 to 0.75 is normal for LAION today.
         bandwidth_mbit: Of the download, in megabits a second.
         fetched_bytes_per_pixel: Bytes of a picture on the web for each of its pixels.
-        images_per_core_second: Pictures that one downloading process fetches and resizes in a second.
+        stored_bytes_per_pixel: Bytes of a stored picture for each of its pixels; as it is, at `jpeg_quality` 95.
+        images_per_core_second: Pictures that one downloading process fetches and resizes in a second; of adopted ones
+            each worker as many.
         gpu: What encodes; its published speed and a utilisation of 30 % are taken.
         num_gpus: How many of them.
         encode_images_per_second: What one of them encodes in truth, where it is known; null takes the estimate.
+        score_images_per_second: What one of them scores in truth; null forecasts no hours for the scores.
     """
 
     sample: Annotated[float, Field(gt=0, le=1)] = 0.01
@@ -291,10 +294,12 @@ class PlanConfig(Section):
     link_success: Annotated[float, Field(gt=0, le=1)] = 0.65
     bandwidth_mbit: PositiveFloat = 1000.0
     fetched_bytes_per_pixel: PositiveFloat = 0.2
+    stored_bytes_per_pixel: PositiveFloat = 0.1335
     images_per_core_second: PositiveFloat = 60.0
     gpu: Literal["a100", "h100", "h200", "l40s", "rtx4090"] = "a100"
     num_gpus: PositiveInt = 1
     encode_images_per_second: PositiveFloat | None = None
+    score_images_per_second: PositiveFloat | None = None
 
 
 class CardConfig(Section):

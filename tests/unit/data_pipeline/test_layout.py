@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.layout import ResizeMode, Size, bucket_shapes, lay_out, nearest_shape, shapes_of
+from data_pipeline.layout import ResizeMode, Size, bucket_shapes, lay_out, nearest_shape, shapes_of, stored_areas
 from sdtrain.config.ingestion import DownloadConfig
 
 SQUARE = ((32, 32),)
@@ -90,3 +91,13 @@ def test_shapes_follow_from_the_settings() -> None:
     assert shapes_of(DownloadConfig(image_size=64, resize_mode="buckets")) == bucket_shapes(64)
     own = DownloadConfig(resize_mode="buckets", bucket_shapes=((64, 128),))
     assert shapes_of(own) == ((64, 128),)
+
+
+@pytest.mark.parametrize("mode", ["center_crop", "keep_ratio", "border", "buckets"])
+@given(sizes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=20))
+def test_many_pictures_at_once_are_laid_out_like_each(mode: ResizeMode, sizes: list[Size]) -> None:
+    shapes = bucket_shapes(64) if mode == "buckets" else SQUARE
+    areas, is_enlarged = stored_areas(np.array(sizes, np.int64), mode, shapes)
+    plans = [lay_out(size, mode, shapes) for size in sizes]
+    assert areas.tolist() == [math.prod(plan.stored) for plan in plans]
+    assert is_enlarged.tolist() == [plan.enlarges for plan in plans]
