@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher import slurm_data, slurm_data_job, slurm_job, slurm_queue
+from launcher import slurm_data, slurm_queue, torchrun_preflight
 from launcher import status as run_status
+from launcher.batch_commands import Overrides, Words, batch_app
 from launcher.container import container_of, refuse_missing, spelled_out
+from launcher.run_checks import check_resume, checked_run_dir
 from launcher.site import load_site
 from launcher.slurm import SITE_OPTIONS, Mode, job_of, refuse_impossible, refuse_node_local, render
-from launcher.slurm_job import Surroundings
 from launcher.slurm_journal import Journal, Submission, refuse_second_job, resubmission
 from launcher.slurm_watch import cancel_run, tails
 from launcher.status import read_status
@@ -25,20 +25,13 @@ from launcher.torchrun import (
     Placement,
     Supervisor,
     added_environment,
-    checkpoint_names,
     shell_line,
     torchrun_command,
 )
-from sdtrain.config.load import load_training, refuse_on_resume
-from sdtrain.config.run import TrainingConfig, grad_accum_steps
+from sdtrain.config.load import load_training
 from sdtrain.errors import ConfigError, SdtrainError
 from sdtrain.run_dir import RunDir
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the page.")]
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[STAGE | KEY=VALUE]...", help="Stages to run (default: all), settings over the page."),
-]
 RunFolder = Annotated[Path, typer.Argument(help="Run folder, or an ingestion's output folder.")]
 GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one rank for each.")]
 Partition = Annotated[str | None, typer.Option(help="Partition.")]
@@ -52,63 +45,24 @@ ContainerOption = Annotated[
     str | None,
     typer.Option("--container", metavar="IMAGE", help="Image to run in: a path, a registry's name, or none for none."),
 ]
+PreflightOption = Annotated[
+    bool | None,
+    typer.Option("--preflight/--no-preflight", help="Check all nodes before training (sdtrain doctor)."),
+]
+ExcludeBadNodes = Annotated[
+    bool | None,
+    typer.Option("--exclude-bad-nodes/--keep-bad-nodes", help="Requeue without nodes that fail it or are slow."),
+]
+Exclude = Annotated[str | None, typer.Option(metavar="NODES", help="Nodes to do without, as in n[3-4],n7.")]
 SiteFile = Annotated[Path | None, typer.Option(help="The site's defaults; else $SDTRAIN_SITE or slurm/site.yaml.")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(batch_app)
 
 
 @app.callback()
 def _commands() -> None:
     """Start runs on one or many GPUs, and ask how they stand."""
-
-
-def checked_run_dir(config: Path, overrides: Sequence[str], world_size: int, resume: str = "auto") -> RunDir:
-    """The folder of the run that `config` describes, after everything that can be checked without torch.
-
-    Args:
-        config: The page.
-        overrides: `key=value` settings over it.
-        world_size: Number of ranks.
-        resume: `auto`, `never`, a checkpoint's folder or a URL.
-
-    Raises:
-        ConfigError: The page is wrong or not that of the run in its folder, its batch cannot be shared by this many
-            ranks, or its folder is not a run's.
-        StorageError: The folder cannot be written to.
-    """
-    training = load_training(config, list(overrides))
-    grad_accum_steps(training, world_size)
-    run_dir = RunDir(training.resolved_run_dir)
-    run_dir.refuse_unusable()
-    saved = saved_page(run_dir, resume)
-    if saved is not None:
-        refuse_on_resume(saved, training)
-    return run_dir
-
-
-def saved_page(run_dir: RunDir, resume: str) -> TrainingConfig | None:
-    """The page that the checkpoint to start from was trained with; None where the ranks alone can tell."""
-    names = sorted(checkpoint_names(run_dir), key=lambda name: int(name.removeprefix("step-")))
-    folder = Path(resume)
-    if resume == "auto" and names:
-        folder = run_dir.checkpoints / names[-1]
-    try:
-        return load_training(folder / "config.yaml")
-    except ConfigError:
-        return None
-
-
-def check_resume(resume: str) -> None:
-    """Refuse a `--resume` that can only fail later, on every rank.
-
-    Raises:
-        ConfigError: Neither a keyword, nor a URL, nor an existing checkpoint folder.
-    """
-    if resume not in {"auto", "never"} and "://" not in resume and not Path(resume).is_dir():
-        raise ConfigError(
-            f"--resume {resume}: no such checkpoint folder; give auto, never, a folder such as RUN/checkpoints/step-N "
-            "or a URL such as s3://BUCKET/RUN/step-N"
-        )
 
 
 @app.command()
@@ -130,6 +84,10 @@ def torchrun(
     ] = "auto",
     max_restarts: Annotated[int, typer.Option(min=0, help="Starts after a crash or a requeue request.")] = 0,
     shutdown_timeout: Annotated[int, typer.Option(min=1, help="Seconds to save in after a signal.")] = 120,
+    preflight: Annotated[
+        bool | None,
+        typer.Option("--preflight/--no-preflight", help="Check all nodes first; else where there are many."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the torchrun command and stop.")] = False,
 ) -> None:
     """Train on this node's GPUs, or as one of several nodes, and exit by what the ranks agreed on."""
@@ -145,6 +103,10 @@ def torchrun(
         command = torchrun_command(placement, trainee(resume), supervisor.log_dir)
         typer.echo(shell_line(command, added_environment(nproc, {})))
         return
+    if nnodes > 1 if preflight is None else preflight:
+        code = torchrun_preflight.examine(placement, [str(config), *(overrides or [])], supervisor.log_dir)
+        if code:
+            raise typer.Exit(int(code))
     raise typer.Exit(int(supervisor.run(resume)))
 
 
@@ -159,8 +121,11 @@ def slurm(
     account: Account = None,
     qos: Qos = None,
     constraint: Constraint = None,
+    exclude: Exclude = None,
     max_restarts: MaxRequeues = None,
     mode: ModeOption = None,
+    preflight: PreflightOption = None,
+    exclude_bad_nodes: ExcludeBadNodes = None,
     container: ContainerOption = None,
     site: SiteFile = None,
     resume: Annotated[
@@ -172,7 +137,8 @@ def slurm(
     options = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "partition": partition}
     options |= {"account": account, "qos": qos, "constraint": constraint, "max_restarts": max_restarts}
     options |= {"mode": mode, "site": None if site is None else str(site.absolute())}
-    options |= {"container": spelled_out(container)}
+    options |= {"container": spelled_out(container), "exclude": exclude}
+    options |= {"preflight": preflight, "exclude_bad_nodes": exclude_bad_nodes}
     given = {name: value for name, value in options.items() if value is not None}
     check_resume(resume)
     submit_run(config, overrides or [], given, resume=resume, dry_run=dry_run)
@@ -223,8 +189,11 @@ def resume(
     gpus_per_node: GpusPerNode = None,
     time: TimeLimit = None,
     partition: Partition = None,
+    exclude: Exclude = None,
     max_restarts: MaxRequeues = None,
     mode: ModeOption = None,
+    preflight: PreflightOption = None,
+    exclude_bad_nodes: ExcludeBadNodes = None,
     container: ContainerOption = None,
     site: SiteFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and stop.")] = False,
@@ -236,7 +205,8 @@ def resume(
         raise ConfigError(f"--mode {mode}: {run} is an ingestion's output, and this is for training")
     changed = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "partition": partition}
     changed |= {"max_restarts": max_restarts, "mode": mode, "site": None if site is None else str(site.absolute())}
-    changed |= {"container": spelled_out(container)}
+    changed |= {"container": spelled_out(container), "exclude": exclude}
+    changed |= {"preflight": preflight, "exclude_bad_nodes": exclude_bad_nodes}
     again = resubmission(journal, {name: value for name, value in changed.items() if value is not None})
     with contextlib.chdir(again.folder):
         page, words = Path(again.config), [*again.overrides, *(overrides or [])]
@@ -266,27 +236,6 @@ def logs(
     """Print the ends of what the newest job and a rank of it have said."""
     for path, tail in tails(Journal(RunDir(run)), rank, lines):
         typer.echo(f"==> {path} <==\n{tail}\n")
-
-
-@app.command("slurm-begin", hidden=True)
-def slurm_begin(
-    config: Path,
-    overrides: Overrides = None,
-    resume: str = "auto",
-    max_restarts: int = 0,
-) -> None:
-    """Begin slurm/train.sbatch: check the page, write the start down, print the folder for the ranks' logs."""
-    here = Surroundings.of(os.environ)
-    check_resume(resume)
-    run_dir = checked_run_dir(config, overrides or [], here.world_size, resume)
-    typer.echo(slurm_job.begin(run_dir, here, max_restarts).absolute())
-
-
-@app.command("slurm-end", hidden=True)
-def slurm_end(logs_folder: Path, max_restarts: int = 0, step_status: int = 0) -> None:
-    """End slurm/train.sbatch: decide by exit.json whether the job is requeued, and exit by it."""
-    run_dir = RunDir(logs_folder.parents[1])
-    raise typer.Exit(int(slurm_job.end(run_dir, Surroundings.of(os.environ), max_restarts, step_status)))
 
 
 @app.command("slurm-data")
@@ -321,37 +270,6 @@ def submit_data(config: Path, words: Sequence[str], options: dict[str, Any], *, 
     """Submit an ingestion and print what comes next; or its batch script."""
     for line in slurm_data.submit_ingestion(config, words, options, dry_run=dry_run):
         typer.echo(line)
-
-
-@app.command("slurm-data-begin", hidden=True)
-def slurm_data_begin(config: Path, words: Words = None, max_restarts: int = 0) -> None:
-    """Begin slurm/data.sbatch: check the page, write the start down; print a folder for logs, an address, the nodes."""
-    here = Surroundings.of(os.environ)
-    page = slurm_data.checked_page(config, words or [])
-    names = slurm_data_job.node_names(os.environ)
-    address = slurm_data_job.head_address(names, here, os.environ.get("SDTRAIN_MASTER_ADDR"))
-    logs_folder = slurm_data_job.begin_ingestion(page.output, here, max_restarts).absolute()
-    typer.echo(f"{logs_folder}\n{address}\n{','.join(names)}")
-
-
-@app.command("slurm-data-node", hidden=True)
-def slurm_data_node(address: str) -> None:
-    """Run Ray on one node of slurm/data.sbatch until it is told to end."""
-    raise typer.Exit(slurm_data_job.run_node(slurm_data_job.RayNode.of(address, os.environ), os.environ))
-
-
-@app.command("slurm-data-end", hidden=True)
-def slurm_data_end(
-    logs_folder: Path,
-    max_restarts: int = 0,
-    status: int = 0,
-    told: Annotated[bool, typer.Option("--told")] = False,
-    lost: Annotated[bool, typer.Option("--lost")] = False,
-) -> None:
-    """End slurm/data.sbatch: decide by how the ingestion ended whether the job is requeued, and exit by it."""
-    here, output = Surroundings.of(os.environ), logs_folder.parents[1]
-    code = slurm_data_job.end_ingestion(output, here, max_restarts, status, was_told=told, lost_ray=lost)
-    raise typer.Exit(code)
 
 
 @app.command()

@@ -51,13 +51,13 @@ def signal_name(number: int) -> str:
 
 
 class _Forwarding(AbstractContextManager["_Forwarding"]):
-    """While active, the first signal that reaches this process goes to the child; it must run in the main thread.
+    """While active, the first signal that reaches this process goes to the children; it must run in the main thread.
 
     Only the first: torchrun is already waiting for its workers to save then, and a second one would cut that short.
     """
 
-    def __init__(self, child: subprocess.Popen[str]) -> None:
-        self._child = child
+    def __init__(self, *children: subprocess.Popen[str]) -> None:
+        self._children = children
         self._previous: dict[signal.Signals, Any] = {}
         self.told: int | None = None
 
@@ -73,7 +73,8 @@ class _Forwarding(AbstractContextManager["_Forwarding"]):
     def _forward(self, number: int, _: FrameType | None) -> None:
         if self.told is None:
             self.told = number
-            self._child.send_signal(FORWARDED[signal.Signals(number)])
+            for child in self._children:
+                child.send_signal(FORWARDED[signal.Signals(number)])
 
 
 class _Pump(threading.Thread):
@@ -116,3 +117,25 @@ def run_forwarding(command: Sequence[str], env: Mapping[str, str]) -> Ended:
         pump.join(PUMP_TIMEOUT_SECONDS)  # an orphan may hold the pipe open; its words are in the log folder
     killed_by, killed_rank = pump.killed or (-returncode if returncode < 0 else None, None)
     return Ended(returncode, killed_by, killed_rank, forwarding.told)
+
+
+def run_together(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> tuple[list[int], int | None]:
+    """Run one command once per environment, all at a time and to their ends; what they say is ours.
+
+    Args:
+        command: Program and arguments.
+        environments: Each one's whole environment.
+
+    Returns:
+        Return codes in order, and the signal that was passed on to all, if one came.
+
+    Raises:
+        FileNotFoundError: The program does not exist.
+    """
+    children = [
+        subprocess.Popen(command, env=dict(environment), text=True, start_new_session=True)
+        for environment in environments
+    ]
+    with _Forwarding(*children) as forwarding:
+        codes = [child.wait() for child in children]
+    return codes, forwarding.told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ class Scheduler:
     def __init__(self) -> None:
         self.job: QueuedJob | None = QueuedJob("RUNNING", "None", "1:00", "1:00:00", "n[1-2]", "N/A")
         self.delays: list[int] = []
+        self.excluded: list[str] = []
 
     @property
     def requeued(self) -> int:
@@ -30,8 +32,9 @@ class Scheduler:
     def find_job(self, job: str) -> QueuedJob | None:
         return self.job
 
-    def requeue(self, job: str, *, delay_seconds: int) -> None:
+    def requeue(self, job: str, *, delay_seconds: int, exclude: Sequence[str]) -> None:
         self.delays.append(delay_seconds)
+        self.excluded = list(exclude)
 
 
 @pytest.fixture
@@ -149,7 +152,7 @@ def test_starts_in_vain(run: RunDir, scheduler: Scheduler, capsys: pytest.Captur
 def test_a_scheduler_that_refuses_to_requeue(
     run: RunDir, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def requeue(job: str, *, delay_seconds: int) -> None:
+    def requeue(job: str, *, delay_seconds: int, exclude: Sequence[str]) -> None:
         raise ConfigError("scontrol requeue 7 failed: Requested operation is presently disabled")
 
     monkeypatch.setattr(slurm_job, "requeue", requeue)
