@@ -255,6 +255,7 @@ def slurm_data_(
     qos: Qos = None,
     constraint: Constraint = None,
     max_restarts: MaxRequeues = None,
+    container: ContainerOption = None,
     site: SiteFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and stop.")] = False,
 ) -> None:
@@ -262,6 +263,7 @@ def slurm_data_(
     options = {"nodes": nodes, "cpus_per_node": cpus_per_node, "gpus_per_node": gpus_per_node, "time": time}
     options |= {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
     options |= {"max_restarts": max_restarts, "site": None if site is None else str(site.absolute())}
+    options |= {"container": spelled_out(container)}
     given = {name: value for name, value in options.items() if value is not None}
     submit_data(config, words or [], given, dry_run=dry_run)
 

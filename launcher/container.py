@@ -147,8 +147,9 @@ def shell_lines(
 
 
 def _array(name: str, words: Iterable[str]) -> str:
-    """An array of bash, one word a line."""
-    return "\n".join([f"{name}=(", *(f"  {shlex.quote(word)}" for word in words), ")"])
+    """An array of bash, one word a line; commas are quoted, since shellcheck takes them for a mistake."""
+    quoted = (shlex.quote(word) if "," not in word or "'" in word else f"'{word}'" for word in words)
+    return "\n".join([f"{name}=(", *(f"  {word}" for word in quoted), ")"])
 
 
 def _outermost(places: Iterable[Path]) -> list[str]:

@@ -41,6 +41,7 @@ class Site(Section):
         shared_folders: Folders that all nodes see, although they look like a disk of the login node.
         scratch: Folder on every node's own disk for temporary files and compile caches.
         container: Image that the ranks run in: a path, or a name in a registry; null runs them on the nodes themselves.
+        data_container: The same for ingestions.
         container_runtime: `pyxis`, options of srun, or `apptainer`, a program.
         container_mounts: `SRC[:DST[:FLAGS]]` beside the folders of submission and run, and the temporary one.
     """
@@ -62,6 +63,7 @@ class Site(Section):
     shared_folders: tuple[Path, ...] = ()
     scratch: Path | None = None
     container: NonEmptyStr | None = None
+    data_container: NonEmptyStr | None = None
     container_runtime: Runtime = "pyxis"
     container_mounts: tuple[NonEmptyStr, ...] = ()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import slurm_queue
+from launcher.container import container_of, refuse_missing
 from launcher.site import Site, load_site
 from launcher.slurm import (
     SITE_OPTIONS,
@@ -150,7 +151,8 @@ def submit_ingestion(
         StorageError: The output folder cannot be written to.
     """
     site = load_site(Path(options["site"]) if "site" in options else None)
-    site = site.model_copy(update={name: value for name, value in options.items() if name in SITE_OPTIONS})
+    given = {name: value for name, value in options.items() if name in SITE_OPTIONS}
+    site = site.model_copy(update={"container": site.data_container, **given})
     page = checked_page(config, words)
     job = data_job_of(options, site, page.name or "sdtrain-data")
     script = render_data(job, site, page.output, Path.cwd(), config, words)
@@ -159,6 +161,7 @@ def submit_ingestion(
         return
     refuse_impossible(job.nodes, job.gpus_per_node, job.time, site)
     refuse_node_local(page.output, site, key="output")
+    refuse_missing(container_of(site.container, site.container_runtime, site.container_mounts))
     journal = Journal(RunDir(page.output), "ingestion")
     refuse_second_job(journal)
     journal.prepare()

@@ -16,6 +16,7 @@ from sdtrain.errors import ConfigError, ExitCode
 
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).parents[3]
+DATA = ["slurm-data", "configs/sd15/data.yaml", "--nodes", "2"]
 SHORT = ["slurm", "configs/sd15/train.yaml", "--nodes", "2", "--gpus-per-node", "8"]
 
 
@@ -38,10 +39,20 @@ container: /images/sdtrain.sqsh  # the command's --container wins
 container_runtime: apptainer
 container_mounts: [/datasets, /weights:/mnt/weights]
 """,
+    "data-pyxis": """
+container: nvcr.io#my-org/sdtrain:train  # of training
+data_container: /images/data.sqsh
+""",
+    "data-apptainer": """
+data_container: docker://nvcr.io/my-org/sdtrain:data
+container_runtime: apptainer
+""",
 }
 GOLDEN_OPTIONS = {
     "pyxis": ["run_dir=/runs/sd15"],
     "apptainer": ["--container", "/images/my sdtrain.sif", "--mode", "torchrun"],
+    "data-pyxis": ["output=/data/laion"],
+    "data-apptainer": ["output=/data/laion"],
 }
 
 
@@ -53,7 +64,13 @@ def test_the_script_of_a_dry_run_is_the_golden_one(
     (tmp_path / "site.yaml").write_text(GOLDEN_SITES[runtime])
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr(sys, "executable", "/opt/sdtrain/bin/python")
-    command = [*SHORT, "--site", tmp_path / "site.yaml", *GOLDEN_OPTIONS[runtime], "--dry-run"]
+    command = [
+        *(DATA if runtime.startswith("data-") else SHORT),
+        "--site",
+        tmp_path / "site.yaml",
+        *GOLDEN_OPTIONS[runtime],
+        "--dry-run",
+    ]
     assert launch(monkeypatch, *command) == 0
     script = capsys.readouterr().out.replace(str(REPOSITORY), "/home/me/sdtrain")
     golden = GOLDEN / f"slurm-{runtime}.sbatch"
