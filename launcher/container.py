@@ -136,7 +136,7 @@ def shell_lines(
     """
     if container is None:
         return ["container=() inside=()"]
-    clean = "export PYTHONNOUSERSITE=1"  # packages under the user's home are not the image's
+    clean = "export PYTHONNOUSERSITE=1 PYTHONSAFEPATH=1"  # no packages from the user's home, nor from the folder
     mounts = ",".join([*_outermost([folder, *places]), *container.mounts])
     if container.runtime == "apptainer":
         command = ["apptainer", "exec", "--nv", f"--bind={mounts}", f"--pwd={folder}", container.image]
