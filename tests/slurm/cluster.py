@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,31 +49,22 @@ def wait_until(met: Callable[[], bool], seconds: float, what: str) -> None:
 
 
 @dataclass
-class ClusterRun:
-    """A run whose ranks are tasks of a job."""
+class ClusterJob:
+    """A job that our own commands have submitted."""
 
     folder: Path
     site: Path
-    manifest: Path
-    job: str = ""
+    job: str = field(default="", init=False)
 
     @property
     def run(self) -> RunDir:
+        """The folder that it works in."""
         return RunDir(self.folder / "run")
 
     def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """One of our own commands."""
         program = Path(sys.executable).with_name("sdtrain-launch")
         return subprocess.run([program, *arguments], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
-
-    def page(self, **sections: Any) -> Path:
-        return tiny_page(self.folder, self.manifest, **sections)
-
-    def submit(self, page: Path, *arguments: str) -> None:
-        options = ("--nodes", "2", "--gpus-per-node", "1", "--time", "01:00:00", "--site", str(self.site))
-        done = self.launch("slurm", str(page), *options, *arguments)
-        assert done.returncode == 0, done.stderr
-        self.job = str(Journal(self.run).newest_job())
 
     def resubmit(self, *arguments: str) -> None:
         done = self.launch("resume", str(self.run.path), *arguments)
@@ -95,13 +86,6 @@ class ClusterRun:
             time.sleep(3)
             subprocess.run(["scontrol", "update", f"jobid={self.job}", "StartTime=now"], capture_output=True)
 
-    def wait_for_step(self, step: int, *, seconds: float = 180) -> None:
-        def is_there() -> bool:
-            assert self.state() not in ENDED, self.said()
-            return max((row.get("step", 0) for row in read_json_lines(self.run.metrics)), default=0) >= step
-
-        wait_until(is_there, seconds, f"step {step}: {self.said()}")
-
     def wait_for_end(self, *, seconds: float = 240) -> str:
         """The job's last state; it is hurried through its requeues."""
 
@@ -120,19 +104,11 @@ class ClusterRun:
                 return int(word.removeprefix("ExitCode=").split(":")[0])
         raise AssertionError("the scheduler has forgotten this job")
 
-    def word(self) -> Exit:
-        left = self.run.read_exit()
-        assert left is not None, self.said()
-        return left
-
     def said(self) -> str:
         """What the batch script and the ranks said."""
         logs = self.run.path / "logs"
         files = [*sorted(logs.glob("slurm-*.out")), *sorted(logs.glob("slurm-*/*.log"))]
         return "\n".join(f"{file.name}: {file.read_text(errors='replace')[-3000:]}" for file in files)
-
-    def events(self, event: str) -> list[dict[str, Any]]:
-        return [row for row in self.run.ledger_rows() if row["event"] == event]
 
     def processes(self) -> list[psutil.Process]:
         """Everything of this job that is alive, settled or not."""
@@ -153,6 +129,37 @@ class ClusterRun:
         while (found := alive()) and time.monotonic() < end:
             time.sleep(0.2)
         return found
+
+
+@dataclass
+class ClusterRun(ClusterJob):
+    """A run whose ranks are tasks of a job."""
+
+    manifest: Path
+
+    def page(self, **sections: Any) -> Path:
+        return tiny_page(self.folder, self.manifest, **sections)
+
+    def submit(self, page: Path, *arguments: str) -> None:
+        options = ("--nodes", "2", "--gpus-per-node", "1", "--time", "01:00:00", "--site", str(self.site))
+        done = self.launch("slurm", str(page), *options, *arguments)
+        assert done.returncode == 0, done.stderr
+        self.job = str(Journal(self.run).newest_job())
+
+    def wait_for_step(self, step: int, *, seconds: float = 180) -> None:
+        def is_there() -> bool:
+            assert self.state() not in ENDED, self.said()
+            return max((row.get("step", 0) for row in read_json_lines(self.run.metrics)), default=0) >= step
+
+        wait_until(is_there, seconds, f"step {step}: {self.said()}")
+
+    def word(self) -> Exit:
+        left = self.run.read_exit()
+        assert left is not None, self.said()
+        return left
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        return [row for row in self.run.ledger_rows() if row["event"] == event]
 
     def rank(self, number: int) -> psutil.Process:
         """The process of a rank."""

@@ -18,7 +18,7 @@ NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
+def slurm_is_here() -> None:
     path = f"{os.environ.get('PATH', '')}:/usr/sbin"
     missing = [name for name in NEEDED if shutil.which(name, path=path) is None]
     if missing or os.geteuid() != 0:
@@ -26,6 +26,10 @@ def cluster() -> Iterator[None]:
         if os.environ.get("SDTRAIN_REQUIRE_SLURM"):
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster(slurm_is_here: None) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="sl-", dir="/tmp"))  # a socket's path must be short
     with local_cluster(folder):
         yield
@@ -34,10 +38,13 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Names of the cluster's nodes do not resolve, and all of them share this machine's disk."""
+    """Names of the cluster's nodes do not resolve, and all of them share this machine's disk.
+
+    The preflight has tests of its own; in the others two cores would spend ten seconds of every start on it.
+    """
     path = tmp_path_factory.mktemp("site") / "site.yaml"
     environment = {"SDTRAIN_MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    path.write_text(json.dumps({"environment": environment, "shared_folders": ["/"]}))  # JSON is YAML
+    path.write_text(json.dumps({"environment": environment, "shared_folders": ["/"], "preflight": False}))  # JSON is YAML
     return path
 
 
