@@ -117,7 +117,7 @@ class RayExecutor:
         try:
             yield pool
         finally:
-            if self._head is None or not self._head.is_silent:
+            if self._head is None or self._head.answers():
                 pool.close()
 
     def _options(self, stage: Stage, slots: int, *, has_gpus: bool) -> dict[str, Any]:

@@ -51,6 +51,12 @@ class HeadWatch:
         """Whether the head has been silent for too long."""
         return self.silent_seconds > _PATIENCE_SECONDS
 
+    def answers(self) -> bool:
+        """Wait out a silence; whether the head has come back from it."""
+        while self.is_silent and not self.is_lost:
+            time.sleep(_PROBE_EVERY_SECONDS / 4)
+        return not self.is_lost
+
     def check(self) -> None:
         """Do nothing while the head answers, or may do so again.
 
