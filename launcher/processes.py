@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -119,12 +120,15 @@ def run_forwarding(command: Sequence[str], env: Mapping[str, str]) -> Ended:
     return Ended(returncode, killed_by, killed_rank, forwarding.told)
 
 
-def run_together(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> tuple[list[int], int | None]:
+def run_together(
+    command: Sequence[str], environments: Sequence[Mapping[str, str]], *, seconds: float
+) -> tuple[list[int], int | None]:
     """Run one command once per environment, all at a time and to their ends; what they say is ours.
 
     Args:
         command: Program and arguments.
         environments: Each one's whole environment.
+        seconds: After which those that are left are killed.
 
     Returns:
         Return codes in order, and the signal that was passed on to all, if one came.
@@ -137,5 +141,11 @@ def run_together(command: Sequence[str], environments: Sequence[Mapping[str, str
         for environment in environments
     ]
     with _Forwarding(*children) as forwarding:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and any(child.poll() is None for child in children):
+            time.sleep(0.05)
+        for child in children:
+            if child.poll() is None:
+                child.kill()
         codes = [child.wait() for child in children]
     return codes, forwarding.told

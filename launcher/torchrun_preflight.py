@@ -18,6 +18,9 @@ from launcher.torchrun import Placement, added_environment
 from sdtrain.errors import ExitCode
 from sdtrain.run_dir import REFUSALS, RunDir, tell_launcher
 
+LIMIT_SECONDS = 700.0
+"""The ranks wait five minutes for absent ones, and need no longer than that for their checks."""
+
 
 def meeting_point(placement: Placement) -> tuple[str, int]:
     """Where the ranks' doctors meet: one port above torchrun's, which the agents of quicker nodes may want already."""
@@ -50,7 +53,7 @@ def examine(placement: Placement, words: Sequence[str], log_dir: Path) -> ExitCo
         for local in range(placement.nproc):
             own = {"RANK": placement.node_rank * placement.nproc + local, "LOCAL_RANK": local, **common}
             environments.append(base | {name: str(value) for name, value in own.items()})
-        codes, told = run_together(command, environments)
+        codes, told = run_together(command, environments, seconds=LIMIT_SECONDS)
         refused = RunDir(Path(refusals)).read_exit()
     if refused is not None:
         tell_launcher(refused)

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,22 @@ from sdtrain.training.node_checks import examine, examine_device, guarded, machi
 from sdtrain.training.node_speed import Speed
 from sdtrain.training.outcome import Refused, leave_refused
 
-STAGES = ("this node", "process group", "shared folder", "clocks", "all-reduce", "network links", "verdict")
+STAGES = (
+    "this node",
+    "comparison",
+    "process group",
+    "shared folder",
+    "clocks",
+    "all-reduce",
+    "network links",
+    "verdict",
+)
 JOIN_SECONDS = 300.0
 """Until all ranks have come: a cold import of torch from a busy file system takes minutes."""
 CHECK_SECONDS = 300.0
 """From then to the end, which takes some ten seconds where all is well."""
+LATER_SECONDS = 15.0
+"""How much longer than rank 0 the others last: it asks who is still there."""
 SLOW_CHECKS = frozenset({"speed"})
 
 
@@ -177,6 +188,7 @@ def _check(
     config, findings, speed = _examine_here(meeting, load)
     facts = software() | {"machine": machine()} if meeting.leads else {}
     meeting.give("local", {"findings": [asdict(one) for one in findings], "facts": facts, "speed": _plain(speed)})
+    meeting.enter("comparison")
     local = meeting.collect("local")
     is_sound = meeting.tell("sound", all(_is_sound(rank) for rank in local))
     together, measured = [], {}
@@ -312,19 +324,21 @@ _ADVICE_ABSENT = "see what its log says; a node that cannot start Python or reac
 
 
 def _tell_lost(meeting: Meeting, folder: Path, start: float, error: BaseException) -> str:
-    """A collective broke: rank 0 names who was not as far as the others."""
+    """A collective broke: rank 0 names who is gone or not as far as the others."""
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
     if not meeting.place.is_main:
+        with suppress(RuntimeError):  # rank 0 may be what is lost
+            meeting.part()
         return f"{meeting.stage}: {said}"
-    report = _lost(meeting, meeting.behind(), said, time.monotonic() - start)
+    report = _lost(meeting, meeting.lost(), said, time.monotonic() - start)
     _publish(report, folder)
     return report.reason
 
 
-def _lost(meeting: Meeting, behind: Mapping[str, str], said: str, seconds: float) -> Report:
+def _lost(meeting: Meeting, lost: Mapping[str, str], said: str, seconds: float) -> Report:
     hosts = dict.fromkeys(meeting.hosts)
     advice = "look at its log and its GPUs, or leave it out"
-    findings = [Finding("ranks", "failed", f"{why} ({said})", advice, True, (host,)) for host, why in behind.items()]
+    findings = [Finding("ranks", "failed", f"{why} ({said})", advice, True, (host,)) for host, why in lost.items()]
     if not findings:
         text = f"all ranks came to '{meeting.stage}', and it did not end ({said})"
         findings = [Finding("ranks", "failed", text, "look at the network between these nodes", hosts=tuple(hosts))]
@@ -338,13 +352,13 @@ def _no_longer_than(seconds: float, meeting: Meeting, folder: Path) -> Iterator[
     def leave() -> None:
         try:
             if meeting.place.is_main:
-                report = _lost(meeting, meeting.behind(), f"not over after {seconds:.0f} s", seconds)
+                report = _lost(meeting, meeting.lost(), f"not over after {seconds:.0f} s", seconds)
                 _publish(report, folder)
                 tell_launcher(Exit(int(ExitCode.PREFLIGHT), report.reason, REFUSED_STEP, 0, "none"))
         finally:
             os._exit(int(ExitCode.PREFLIGHT))
 
-    grace = 0.0 if meeting.place.is_main else 15.0
+    grace = 0.0 if meeting.place.is_main else LATER_SECONDS
     timer = threading.Timer(seconds + grace, leave)
     timer.daemon = True
     timer.start()

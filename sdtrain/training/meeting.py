@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +28,9 @@ FAREWELL_SECONDS = 5.0
 """How long rank 0 keeps the store up for those who have not heard its word yet."""
 POLL_SECONDS = 0.1
 CONNECT_SECONDS = 5.0
+PULSE_SECONDS = 1.0
+LISTEN_SECONDS = 3.5
+"""How long a living rank cannot be silent: a few pulses, as a machine may be busy."""
 STORE_SECONDS = 3600.0
 """How long a rank waits for another one's item; whoever uses a meeting sets a limit to all of it."""
 
@@ -71,7 +76,9 @@ class Meeting:
         self.place = place
         self.hosts = list(hosts)
         self._stages = list(stages)
-        self.stage = ""
+        self.stage = stages[0]
+        self._over = threading.Event()
+        threading.Thread(target=self._beat, daemon=True, name="preflight-pulse").start()
 
     @property
     def leaders(self) -> list[int]:
@@ -106,30 +113,48 @@ class Meeting:
         return json.loads(self.store.get(what))
 
     def part(self) -> None:
-        """Leave; rank 0 as the last one, as the store goes with it."""
-        self.store.set(f"heard/{self.place.rank}", "")
+        """Leave, with a word of it; rank 0 as the last one, as the store goes with it."""
+        self._over.set()
+        self.store.set(f"left/{self.place.rank}", "")
         if self.place.is_main:
-            _let_them_hear(self.store, self.place.world_size)
+            _wait_for_others(self.store, "left", self.place.world_size)
 
     def enter(self, stage: str) -> None:
         """Say that this rank begins something that all do together."""
         self.stage = stage
         self.store.set(f"stage/{self.place.rank}", stage)
 
-    def behind(self) -> dict[str, str]:
-        """Host -> where its ranks stand, for the ranks that are not as far as others; empty where all are.
+    def lost(self) -> dict[str, str]:
+        """Host -> what is wrong with a rank there: it is silent, or not as far as others; empty where none is.
 
         Asks over a connection of its own, as another thread may wait inside the first.
         """
-        ask_within = timedelta(seconds=FAREWELL_SECONDS)
-        store = dist.TCPStore(self.store.host, self.store.port, is_master=False, timeout=ask_within)
-        stages = [store.get(f"stage/{rank}").decode() for rank in range(self.place.world_size)]
+        store = self._another_connection()
+        every = range(self.place.world_size)
+        before = {rank: store.add(f"pulse/{rank}", 0) for rank in every}
+        time.sleep(LISTEN_SECONDS)
+        left = {rank for rank in every if store.check([f"left/{rank}"])}
+        silent = {rank for rank in every if rank not in left and store.add(f"pulse/{rank}", 0) == before[rank]}
+        stages = [store.get(f"stage/{rank}").decode() for rank in every]
+        if silent:
+            return {self.hosts[rank]: f"rank {rank} died or was stopped in '{stages[rank]}'" for rank in silent}
         reached = [self._stages.index(stage) for stage in stages]
         return {
             self.hosts[rank]: f"rank {rank} has not left '{stages[rank]}', and others have"
-            for rank in range(self.place.world_size)
+            for rank in every
             if reached[rank] < max(reached)
         }
+
+    def _beat(self) -> None:
+        """Tell that this process lives, until it leaves or rank 0 has gone."""
+        with suppress(RuntimeError):
+            store = self._another_connection()
+            while not self._over.wait(PULSE_SECONDS):
+                store.add(f"pulse/{self.place.rank}", 1)
+
+    def _another_connection(self) -> dist.TCPStore:
+        ask_within = timedelta(seconds=FAREWELL_SECONDS)
+        return dist.TCPStore(self.store.host, self.store.port, is_master=False, timeout=ask_within)
 
 
 def join(place: Ranks, host: str, stages: Sequence[str], *, expected: Sequence[str] = (), seconds: float) -> Meeting:
@@ -152,7 +177,7 @@ def join(place: Ranks, host: str, stages: Sequence[str], *, expected: Sequence[s
         word = _wait_for_all(store, place.world_size, expected, seconds)
         store.set("word", json.dumps(asdict(word)))
         if word.absent:
-            _let_them_hear(store, place.world_size)
+            _wait_for_others(store, "heard", place.world_size)
     else:
         word = _hear(store, place, expected, seconds)
     if word.absent:
@@ -223,10 +248,11 @@ def _absent(hosts: dict[int, str], waiting: set[int], expected: Sequence[str], s
     return {f"ranks {numbers}": f"did not come within {seconds:.0f} s; hosts that came: {came}"}
 
 
-def _let_them_hear(store: dist.Store, world_size: int) -> None:
+def _wait_for_others(store: dist.Store, mark: str, world_size: int) -> None:
+    """Rank 0: keep the store up for a while, until all that came have set a mark."""
     end = time.monotonic() + FAREWELL_SECONDS
     came = [rank for rank in range(1, world_size) if store.check([f"host/{rank}"])]
-    while time.monotonic() < end and not all(store.check([f"heard/{rank}"]) for rank in came):
+    while time.monotonic() < end and not all(store.check([f"{mark}/{rank}"]) for rank in came):
         time.sleep(POLL_SECONDS)
 
 

@@ -35,6 +35,7 @@ SCRATCH_BYTES, SCRATCH_INODES = 256 * MIB, 1_000
 SCRATCH_WARNING_BYTES = 5 * GIB
 """Compile caches of eight ranks and a core dump."""
 SHM = Path("/dev/shm")
+DEVICES = Path("/dev")
 BYTES_PER_NUMBER = 4
 """Of a batch in the loader: float32 at most."""
 
@@ -131,7 +132,7 @@ def check_gpus(ranks_here: int | None) -> Finding:
 
 
 def _without_gpu() -> Finding:
-    devices = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+    devices = sorted(path.name for path in DEVICES.glob("nvidia[0-9]*"))
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return Finding("gpus", "ok", "none is asked for (DS_ACCELERATOR=cpu)")
     if devices:

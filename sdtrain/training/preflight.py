@@ -27,7 +27,7 @@ from sdtrain.training.meeting import Meeting
 from sdtrain.training.node_speed import synchronize
 
 SHARED_SECONDS = 30.0
-"""How long another node's file may take to be seen: NFS keeps what it knows of a folder for 30 s at first (acdirmin)."""
+"""How long another node's file may take to be seen: NFS keeps what it knows of a folder for 30 s (acdirmin)."""
 CLOCK_WARNING_SECONDS = 1.0
 """Beyond it times in logs and metrics of different nodes stand in a wrong order."""
 CLOCK_FAILURE_SECONDS = 120.0
