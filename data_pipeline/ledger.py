@@ -39,6 +39,7 @@ class DigestCache:
 
     def __init__(self, path: Path):
         self._path = path
+        self._folders: dict[Path, Path] = {}
         self._known: dict[str, tuple[int, int, str]] = {}
         for row in read_json_lines(path):
             if isinstance(row, dict) and {"file", "size", "mtime_ns", "sha256"} <= row.keys():
@@ -50,7 +51,7 @@ class DigestCache:
         Raises:
             FileNotFoundError: There is no such file.
         """
-        name, stat = str(path.resolve()), path.stat()
+        name, stat = self._name(path), path.stat()
         known = self._known.get(name)
         if known is not None and known[:2] == (stat.st_size, stat.st_mtime_ns):
             return known[2]
@@ -58,11 +59,18 @@ class DigestCache:
 
     def remember(self, path: Path, sha256: str) -> str:
         """Take over a digest that was computed while the file was written."""
-        name, stat = str(path.resolve()), path.stat()
+        name, stat = self._name(path), path.stat()
         self._known[name] = (stat.st_size, stat.st_mtime_ns, sha256)
         row = {"file": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}
         append_json_line(self._path, row)
         return sha256
+
+    def _name(self, path: Path) -> str:
+        """What a file is remembered as; only its folder is resolved, once, which takes ten times as long as a stat."""
+        folder = self._folders.get(path.parent)
+        if folder is None:
+            folder = self._folders[path.parent] = path.parent.resolve()
+        return f"{folder}/{path.name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,12 +93,6 @@ class DownloadStage:
         facts = self.settings.model_dump(mode="json", include=kept | {"max_pixels"}) | {"engine": _engine_version()}
         return facts | self._shapes()
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What a manifest says of the images."""
-        kept = {"image_size", "resize_mode", "only_if_bigger", "jpeg_quality"}
-        facts = self.settings.model_dump(mode="json", include=kept) | {"engine": _engine_version()}
-        return {"transform": facts | self._shapes()}
-
     def _shapes(self) -> dict[str, Any]:
         """The shapes, where there is more than one."""
         if self.settings.resize_mode != "buckets":

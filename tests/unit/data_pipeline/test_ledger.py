@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from data_pipeline import ledger as ledger_module
 from data_pipeline.ledger import Commit, DigestCache, Ledger, sha256_file, sha256_json
@@ -29,6 +30,17 @@ def test_an_unchanged_file_is_read_once_even_across_processes(tmp_path, monkeypa
     assert cache.sha256(path) == first
     path.write_text("three")
     assert cache.sha256(path) == "read again"
+
+
+def test_a_file_is_known_by_whatever_way_to_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "folder/file").write_text("one")
+    cache = DigestCache(tmp_path / "digests.jsonl")
+    first = cache.sha256(tmp_path / "folder/file")
+    monkeypatch.setattr(ledger_module, "sha256_file", lambda path: "read again")
+    monkeypatch.chdir(tmp_path / "folder")
+    assert {cache.sha256(path) for path in (tmp_path / "link/file", Path("file"), Path("../folder/file"))} == {first}
 
 
 def test_a_same_size_change_is_seen_by_its_time(tmp_path):
