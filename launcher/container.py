@@ -1,8 +1,8 @@
 """Run a job's tasks in a container: what an image may look like, and how its runtime is asked for it.
 
 Slurm's commands, and the two ends of a batch script that call them, stay on the host: an image has neither the site's
-Slurm nor its munge. Inside runs what srun starts. Submission folder, run folder and temporary folder are mounted where
-they are on the host, so that a path means the same on both sides.
+Slurm nor its munge. Inside runs what srun starts. The folders of submission, page and run, and the temporary one, are
+mounted where they are on the host, so that a path means the same on both sides; others are the site's affair.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Site(Section):
         container: Image that the ranks run in: a path, or a name in a registry; null runs them on the nodes themselves.
         data_container: The same for ingestions.
         container_runtime: `pyxis`, options of srun, or `apptainer`, a program.
-        container_mounts: `SRC[:DST[:FLAGS]]` beside the folders of submission and run, and the temporary one.
+        container_mounts: `SRC[:DST[:FLAGS]]` beside the folders of submission, page, run and scratch.
     """
 
     partition: NonEmptyStr | None = None

@@ -161,14 +161,14 @@ def fill_in(
         site: What is the same for all jobs.
         run_dir: Where the job writes what it says, in `logs/`.
         folder: Where relative paths start from.
-        words: The script's arguments.
+        words: The script's arguments, the page first.
 
     Raises:
         ConfigError: The script is not installed.
     """
     lines = [f"#SBATCH {option}" for option in _options(wanted, site, run_dir, folder)]
     lines += settings
-    lines += _container_lines(site, run_dir, folder)
+    lines += _container_lines(site, run_dir, folder, Path(words[0]))
     if site.modules:
         lines += ["module purge", f"module load {shlex.join(site.modules)}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in _variables(site).items()]
@@ -200,10 +200,10 @@ def _options(wanted: Mapping[str, object], site: Site, run_dir: RunDir, folder: 
     return [*options, *site.sbatch]
 
 
-def _container_lines(site: Site, run_dir: RunDir, folder: Path) -> list[str]:
-    """Where the tasks run; they see the same folders at the same paths."""
+def _container_lines(site: Site, run_dir: RunDir, folder: Path, page: Path) -> list[str]:
+    """Where the tasks run; they see folder, page and run at the same paths."""
     container = container_of(site.container, site.container_runtime, site.container_mounts)
-    places = (run_dir.path.absolute(), site.scratch or Path("/tmp"))
+    places = ((folder / page).absolute().parent, run_dir.path.absolute(), site.scratch or Path("/tmp"))
     return shell_lines(container, folder.absolute(), places, _variables(site))
 
 

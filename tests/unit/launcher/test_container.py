@@ -96,6 +96,18 @@ def test_folders_of_the_job_are_seen_at_their_own_places_and_each_once() -> None
     assert arrays(lines) == [[], command]
 
 
+def test_a_page_outside_of_the_folder_is_seen_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.yaml"
+    page.write_text((REPOSITORY / "configs" / "sd15" / "train.yaml").read_text())
+    (tmp_path / "site.yaml").write_text("scratch: /scratch\ngpus_per_node: 8\ncontainer: ubuntu\n")
+    monkeypatch.chdir(REPOSITORY)
+    command = ["slurm", page, "run_dir=/runs/r", "--site", tmp_path / "site.yaml", "--dry-run"]
+    assert launch(monkeypatch, *command) == 0
+    assert f"  '--container-mounts={REPOSITORY},{tmp_path},/runs/r,/scratch'\n" in capsys.readouterr().out
+
+
 def test_variables_of_job_and_site_win_over_those_of_an_image() -> None:
     container = Container("nvcr.io#o/i:t", "pyxis", ())
     options, inside = arrays(shell_lines(container, Path("/a"), [Path("/b")], ["NCCL_DEBUG", "MASTER_ADDR"]))
