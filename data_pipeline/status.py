@@ -18,6 +18,7 @@ from data_pipeline.runner import DEAD_LETTER_FILE
 from sdtrain.errors import ConfigError
 
 TABLE_WIDTH = 110
+_MAX_SHOWN = 20
 _SILENT_SECONDS = 60.0
 """A run on another machine that wrote nothing for so long may be dead; it writes each second while units are done."""
 
@@ -207,8 +208,10 @@ def lines_of(status: Status) -> Iterator[str]:
         for row in stage.oldest[:1]:
             begun = duration(now - row["since"])
             yield f"{stage.name}: the oldest in flight is unit {row['unit']}, attempt {row['attempt']}, for {begun}"
-    for row in status.dead_letters:
+    for row in status.dead_letters[:_MAX_SHOWN]:
         yield f"failed: {row['stage']} {row['unit']} after {row['attempts']} attempts: {row['error']}"
+    if len(status.dead_letters) > _MAX_SHOWN:
+        yield f"failed: {len(status.dead_letters) - _MAX_SHOWN:,} more, see {status.folder}/{DEAD_LETTER_FILE}"
 
 
 def _attempt_in_words(attempt: Attempt, now: float) -> str:

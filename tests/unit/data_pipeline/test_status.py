@@ -162,6 +162,18 @@ def test_ledgers_without_a_progress_file_are_counted(tmp_path):
     ]
 
 
+def test_a_long_list_of_failures_is_cut_and_says_where_the_rest_is(tmp_path):
+    dead = [{"stage": "filter", "unit": f"{unit:05d}", "attempts": 3, "error": "boom"} for unit in range(25)]
+    (tmp_path / "dead_letter.json").write_text(json.dumps(dead))
+    status = read_status(tmp_path, is_new=True)
+    lines = list(lines_of(status))
+    assert lines[-2:] == [
+        "failed: filter 00019 after 3 attempts: boom",
+        f"failed: 5 more, see {tmp_path}/dead_letter.json",
+    ]
+    assert len(status.dead_letters) == 25 and len(json.loads(to_json(status))["dead_letters"]) == 25
+
+
 def test_a_folder_without_a_run_is_refused_unless_a_page_names_it(tmp_path):
     with pytest.raises(
         ConfigError, match=r"no ingestion run has worked here: .*give a page of kind ingestion \(YAML\)"
