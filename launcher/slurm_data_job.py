@@ -209,7 +209,15 @@ class RayNode:
             *(head if self.is_head else ["--address", self.address]),
             *("--num-cpus", str(self.num_cpus), "--num-gpus", str(self.num_gpus), *memory),
             *("--object-store-memory", str(OBJECT_STORE_BYTES), "--temp-dir", str(folder)),
-            *("--dashboard-agent-listen-port", "0", "--include-log-monitor=false", "--disable-usage-stats"),
+            *(
+                "--min-worker-port",
+                "0",
+                "--max-worker-port",
+                "0",
+                "--dashboard-agent-listen-port",
+                "0",
+            ),  # any free ones
+            *("--include-log-monitor=false", "--disable-usage-stats"),
             *("--log-style", "record", "--log-color", "false"),
         ]
 

@@ -190,12 +190,12 @@ def lone_loopback() -> None:
     assert [name for _, name in socket.if_nameindex()] == ["lo"]
 
 
-def in_namespace(script: str, scenario: str, folder: Path) -> None:
+def in_namespace(script: str, scenario: str, folder: Path, limit_seconds: float = 240) -> None:
     """Run a scenario of a test file as a program of its own."""
     cut_off = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--net"]
     if subprocess.run([*cut_off, "true"], capture_output=True).returncode != 0:
         pytest.fail("needs root or user namespaces (`unshare --net`), to cut the test off from every network")
     command = [*cut_off, sys.executable, script, scenario, str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONWARNINGS": "ignore"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit_seconds)
     assert ended.returncode == 0, ended.stdout + ended.stderr
