@@ -28,6 +28,7 @@ _NUM_PORTS = 20_000  # below those that kernels hand out
 _LONGEST_TEMPORARY_FOLDER = 40
 """A socket's path has at most 107 characters, of which Ray takes 66 for its session and the socket's name."""
 _HEAD_SECONDS = 300.0
+_AT_ONCE = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # else a node that outlives its head waits for it in vain
 _FINAL = frozenset({ExitCode.DONE, ExitCode.CONFIG, ExitCode.DATA, ExitCode.STORAGE})
 
 
@@ -197,6 +198,9 @@ class RayNode:
 
         Args:
             folder: For sockets and logs of this node.
+
+        Raises:
+            ConfigError: Ray is not installed.
         """
         host, _, port = self.address.rpartition(":")
         head = [
@@ -204,8 +208,11 @@ class RayNode:
             "--include-dashboard=false",
         ]
         memory = [] if self.memory_bytes is None else ["--memory", str(self.memory_bytes)]
+        program = Path(sys.executable).with_name("ray")
+        if not program.exists():
+            raise ConfigError(f"{program} is not there: install what requirements.lock names on all nodes (make venv)")
         return [
-            *(str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-name", self.name),
+            *(str(program), "start", "--block", "--node-name", self.name),
             *(head if self.is_head else ["--address", self.address]),
             *("--num-cpus", str(self.num_cpus), "--num-gpus", str(self.num_gpus), *memory),
             *("--object-store-memory", str(OBJECT_STORE_BYTES), "--temp-dir", str(folder)),
@@ -239,7 +246,7 @@ def run_node(node: RayNode, environment: Mapping[str, str]) -> int:
         with temporary_folder(environment) as folder:
             if not node.is_head:
                 _wait_for_head(node.address)
-            ended = run_forwarding(node.command(folder), environment)
+            ended = run_forwarding(node.command(folder), {**environment, **_AT_ONCE})
     except SdtrainError as error:
         _say(f"{node.name}: {error}")
         return int(error.exit_code) if node.is_head else 0

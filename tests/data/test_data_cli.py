@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -200,6 +202,31 @@ def test_an_interrupt_is_one_line(page, capsys, monkeypatch):
     monkeypatch.setattr(Runner, "run", stop)
     assert call("run", page) == 130
     assert "interrupted; what is committed stays, run again to go on" in capsys.readouterr().err
+
+
+def test_usr1_asks_for_another_start(page, capsys, monkeypatch):
+    """As Slurm sends it ahead of a time limit; a second one changes nothing."""
+    handler = signal.getsignal(signal.SIGUSR1)
+
+    def stop(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(Runner, "run", stop)
+    assert call("run", page) == 85
+    assert "sdtrain-data: SIGUSR1; what is committed stays, run again to go on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGUSR1) == handler
+
+
+def test_a_cluster_whose_head_does_not_answer(page, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    waiting = ("--await-nodes", "n1,n2", "--await-seconds", "0")
+    assert call("run", page, f"runner.address={address}", *waiting) == 6
+    assert f"sdtrain-data: the head of Ray at {address} did not answer within 0 s (" in capsys.readouterr().err
 
 
 def test_serve_digits_makes_a_world_once_and_serves_it(tmp_path):

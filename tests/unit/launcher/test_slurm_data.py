@@ -324,6 +324,12 @@ def test_rays_command_on_a_worker_and_at_the_head() -> None:
     assert "--address" not in command.replace("--node-ip-address", "")
 
 
+def test_a_node_without_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(ConfigError, match=r"/ray is not there: install what requirements.lock names on all nodes"):
+        RayNode.of("10.0.0.1:10014", NODE).command(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("environment", "memory"),
     [
@@ -339,6 +345,15 @@ def test_memory_where_slurm_counts_it(environment: dict[str, str], memory: int |
 def test_ray_is_started_by_a_task_of_slurm_alone() -> None:
     with pytest.raises(ConfigError, match=r"'SLURM_CPUS_ON_NODE' is not set as in a task of Slurm: slurm/data.sbatch"):
         RayNode.of("h:1", {})
+
+
+def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with (
+        pytest.raises(ConfigError, match="neither TMPDIR nor /tmp can be written to; set scratch in the site's file"),
+        temporary_folder({}),
+    ):
+        pass
 
 
 def test_the_temporary_folder_has_a_short_path_and_goes_again(tmp_path: Path) -> None:
