@@ -9,45 +9,43 @@
 # is plain Python. All four share the layer that holds torch. Pages, data and runs are mounted, never built in.
 #
 # Build arguments: PYTHON_IMAGE, the base, a Debian with Python 3.11; UV_VERSION, of the installer, which stays outside
-# of the images; VERSION and REVISION, for the labels: --build-arg REVISION="$(git rev-parse HEAD)".
+# of the images. What else is worth a label: --label org.opencontainers.image.revision="$(git rev-parse HEAD)".
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
-FROM ${PYTHON_IMAGE} AS parts
+FROM ${PYTHON_IMAGE} AS tools
 ARG UV_VERSION=0.13.8
 RUN pip install --no-cache-dir "uv==${UV_VERSION}"
-WORKDIR /parts
-COPY pyproject.toml requirements.lock ./
 
-FROM parts AS wheel
-COPY README.md LICENSE ./
+FROM tools AS wheel
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
 COPY sdtrain sdtrain
 COPY launcher launcher
 COPY data_pipeline data_pipeline
 RUN uv build --wheel --out-dir /wheel --no-cache
 
 # What every work needs. The lock is a constraint: of what an extra asks for, each file must be one whose hash it holds.
+# Lock and wheel are copied and stay: buildah would not notice a change of theirs behind a mount.
 FROM ${PYTHON_IMAGE} AS common
-ARG VERSION=0.1.0
-ARG REVISION=unknown
 LABEL org.opencontainers.image.title="sdtrain" \
       org.opencontainers.image.description="Pre-train latent diffusion models from raw web metadata to samples" \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.version="0.1.0"
 ENV UV_SYSTEM_PYTHON=1 UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 PYTHONUNBUFFERED=1
 RUN useradd --create-home --uid 1000 sdtrain
 WORKDIR /project
-RUN --mount=from=parts,source=/usr/local/bin/uv,target=/bin/uv --mount=from=parts,source=/parts,target=/parts \
+COPY pyproject.toml requirements.lock /opt/sdtrain/
+RUN --mount=from=tools,source=/usr/local/bin/uv,target=/bin/uv \
     --mount=type=cache,target=/root/.cache/uv \
-    uv pip install --requirement /parts/pyproject.toml --constraint /parts/requirements.lock
+    uv pip install --requirement /opt/sdtrain/pyproject.toml --constraint /opt/sdtrain/requirements.lock
 
 FROM common AS data
-RUN --mount=from=parts,source=/usr/local/bin/uv,target=/bin/uv --mount=from=parts,source=/parts,target=/parts \
+RUN --mount=from=tools,source=/usr/local/bin/uv,target=/bin/uv \
     --mount=type=cache,target=/root/.cache/uv \
-    uv pip install --requirement /parts/pyproject.toml --constraint /parts/requirements.lock \
+    uv pip install --requirement /opt/sdtrain/pyproject.toml --constraint /opt/sdtrain/requirements.lock \
         --extra data --extra storage --extra huggingface
-RUN --mount=from=parts,source=/usr/local/bin/uv,target=/bin/uv --mount=from=wheel,source=/wheel,target=/wheel \
-    uv pip install --no-cache --no-deps /wheel/*.whl
+COPY --from=wheel /wheel /opt/sdtrain
+RUN --mount=from=tools,source=/usr/local/bin/uv,target=/bin/uv uv pip install --no-cache --no-deps /opt/sdtrain/*.whl
 USER 1000
 CMD ["sdtrain-data", "--help"]
 
@@ -55,27 +53,27 @@ CMD ["sdtrain-data", "--help"]
 FROM common AS train
 # hadolint ignore=DL3008  # the newest compiler of this Debian
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
-RUN --mount=from=parts,source=/usr/local/bin/uv,target=/bin/uv --mount=from=parts,source=/parts,target=/parts \
+RUN --mount=from=tools,source=/usr/local/bin/uv,target=/bin/uv \
     --mount=type=cache,target=/root/.cache/uv \
-    uv pip install --requirement /parts/pyproject.toml --constraint /parts/requirements.lock \
+    uv pip install --requirement /opt/sdtrain/pyproject.toml --constraint /opt/sdtrain/requirements.lock \
         --extra train --extra storage
-RUN --mount=from=parts,source=/usr/local/bin/uv,target=/bin/uv --mount=from=wheel,source=/wheel,target=/wheel \
-    uv pip install --no-cache --no-deps /wheel/*.whl
+COPY --from=wheel /wheel /opt/sdtrain
+RUN --mount=from=tools,source=/usr/local/bin/uv,target=/bin/uv uv pip install --no-cache --no-deps /opt/sdtrain/*.whl
 USER 1000
 CMD ["sdtrain", "train", "--help"]
 
 FROM common AS sample
-RUN --mount=from=parts,source=/usr/local/bin/uv,target=/bin/uv --mount=from=wheel,source=/wheel,target=/wheel \
-    uv pip install --no-cache --no-deps /wheel/*.whl
+COPY --from=wheel /wheel /opt/sdtrain
+RUN --mount=from=tools,source=/usr/local/bin/uv,target=/bin/uv uv pip install --no-cache --no-deps /opt/sdtrain/*.whl
 USER 1000
 CMD ["sdtrain", "sample", "--help"]
 
 FROM common AS evaluate
-RUN --mount=from=parts,source=/usr/local/bin/uv,target=/bin/uv --mount=from=parts,source=/parts,target=/parts \
+RUN --mount=from=tools,source=/usr/local/bin/uv,target=/bin/uv \
     --mount=type=cache,target=/root/.cache/uv \
-    uv pip install --requirement /parts/pyproject.toml --constraint /parts/requirements.lock \
+    uv pip install --requirement /opt/sdtrain/pyproject.toml --constraint /opt/sdtrain/requirements.lock \
         --extra evaluate
-RUN --mount=from=parts,source=/usr/local/bin/uv,target=/bin/uv --mount=from=wheel,source=/wheel,target=/wheel \
-    uv pip install --no-cache --no-deps /wheel/*.whl
+COPY --from=wheel /wheel /opt/sdtrain
+RUN --mount=from=tools,source=/usr/local/bin/uv,target=/bin/uv uv pip install --no-cache --no-deps /opt/sdtrain/*.whl
 USER 1000
 CMD ["sdtrain", "evaluate", "--help"]
