@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +97,26 @@ def _ask_hub(source: str, names: Sequence[str]) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        files = snapshot_download(source, allow_patterns=list(names), dry_run=True)
+        with _no_progress_bars():
+            files = snapshot_download(source, allow_patterns=list(names), dry_run=True)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise _not_given(source, error) from error
     if not files:
         raise ConfigError(f"{source}: the hub's repository holds no {' or '.join(names)}; give another source")
     return f"on the hub, {sum(one.file_size or 0 for one in files) / 2**20:,.1f} MiB to be fetched at the start"
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    were_disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            enable_progress_bars()
 
 
 def _fetch(source: str, patterns: Sequence[str]) -> Path:

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback: the few answers that listing and reading a data set repository need."""
+"""A Hugging Face hub on loopback: the few answers that listing and reading a repository need."""
 
 from __future__ import annotations
 
@@ -59,10 +59,12 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         parts = PurePosixPath(path).parts
         self.server.requests[path] += 1
-        if parts[1:3] == ("api", "datasets"):
+        if parts[1:3] in (("api", "datasets"), ("api", "models")):
             self._api("/".join(parts[3:5]), parts[5:])
         elif parts[1] == "datasets":
             self._file("/".join(parts[2:4]), "/".join(parts[6:]))
+        elif parts[3:4] == ("resolve",):
+            self._file("/".join(parts[1:3]), "/".join(parts[5:]))
         else:
             self._send(404, b"{}")
 
@@ -99,7 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
             chunk = content[int(first) : int(last) + 1 if last else None]
-            self._send(206, chunk, {"Content-Range": f"bytes {first}-{int(first) + len(chunk) - 1}/{len(content)}"})
+            digest = hashlib.sha256(content).hexdigest()
+            headers = {"Content-Range": f"bytes {first}-{int(first) + len(chunk) - 1}/{len(content)}"}
+            self._send(206, chunk, headers | {"ETag": f'"{digest}"', "X-Repo-Commit": "0" * 40})
 
     def _json(self, page: Any) -> None:
         self._send(200, json.dumps(page).encode(), {"Content-Type": "application/json"})

@@ -44,7 +44,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     path = tmp_path_factory.mktemp("site") / "site.yaml"
     environment = {"SDTRAIN_MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    path.write_text(json.dumps({"environment": environment, "shared_folders": ["/"], "preflight": False}))  # JSON is YAML
+    settings = {"environment": environment, "shared_folders": ["/"], "preflight": False}
+    path.write_text(json.dumps(settings))  # JSON is YAML
     return path
 
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import nn
 from sdtrain.errors import ConfigError
 from sdtrain.nn import folders
 from sdtrain.nn.folders import find_folder, load_strictly, read_folder, write_folder
+from tests.data.hub import Hub
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -83,6 +87,33 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         "owner/name: not a local folder, and the hub did not give it (no network); download it where there is a "
         "network and give the folder"
     )
+
+
+ASK = """
+import sys
+from sdtrain.errors import ConfigError
+from sdtrain.nn.folders import look_for
+for source in sys.argv[1:]:
+    try:
+        print(look_for(source, part="vae"))
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_a_hub_is_asked_without_fetching(tmp_path: Path) -> None:
+    """In a process of its own, which knows no other hub from its first import on."""
+    weights, vae = bytes(3 * 2**20), "vae/diffusion_pytorch_model.safetensors"
+    repositories = {"me/network": {folders.WEIGHTS_FILE: weights}, "me/pipe": {vae: weights}, "me/none": {"a": b""}}
+    with Hub(repositories, gated=set(), lying=set()) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        command = [sys.executable, "-c", ASK, *repositories, "me/nowhere"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    network, pipe, none, nowhere = done.stdout.splitlines()
+    assert network == pipe == "on the hub, 3.0 MiB to be fetched at the start"
+    assert none.startswith("me/none: the hub's repository holds no diffusion_pytorch_model.safetensors or vae/")
+    assert nowhere.startswith("me/nowhere: not a local folder, and the hub did not give it (")
+    assert not any(path.stat().st_size > 2**20 for path in tmp_path.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize("source", ["missing", "./missing/folder", "/a/b", "a/b/c"])
