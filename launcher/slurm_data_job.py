@@ -28,7 +28,10 @@ _NUM_PORTS = 20_000  # below those that kernels hand out
 _LONGEST_TEMPORARY_FOLDER = 40
 """A socket's path has at most 107 characters, of which Ray takes 66 for its session and the socket's name."""
 _HEAD_SECONDS = 300.0
-_AT_ONCE = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # else a node that outlives its head waits for it in vain
+_OF_RAY = {
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # else a node that outlives its head waits for it in vain
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leave CUDA_VISIBLE_DEVICES of CPU tasks alone, as without a cluster
+}
 _FINAL = frozenset({ExitCode.DONE, ExitCode.CONFIG, ExitCode.DATA, ExitCode.STORAGE})
 
 
@@ -246,7 +249,7 @@ def run_node(node: RayNode, environment: Mapping[str, str]) -> int:
         with temporary_folder(environment) as folder:
             if not node.is_head:
                 _wait_for_head(node.address)
-            ended = run_forwarding(node.command(folder), {**environment, **_AT_ONCE})
+            ended = run_forwarding(node.command(folder), {**environment, **_OF_RAY})
     except SdtrainError as error:
         _say(f"{node.name}: {error}")
         return int(error.exit_code) if node.is_head else 0
