@@ -280,9 +280,10 @@ class PlanConfig(Section):
         link_success: Share of the links that still give a usable picture; 0.60 to 0.75 is normal for LAION today.
         bandwidth_mbit: Of the download, in megabits a second.
         fetched_bytes_per_pixel: Bytes of a picture on the web for each of its pixels.
-        stored_bytes_per_pixel: Bytes of a stored picture for each of its pixels; as it is, at `jpeg_quality` 95.
-        images_per_core_second: Pictures that one downloading process fetches and resizes in a second; of adopted ones
-            each worker as many.
+        stored_bytes_per_pixel: Bytes of a stored picture for each of its pixels; the default is that of `jpeg_quality`
+            95.
+        images_per_core_second: Pictures that one downloading process fetches and resizes in a second, or one worker
+            takes out of adopted shards.
         gpu: What encodes; its published speed and a utilisation of 30 % are taken.
         num_gpus: How many of them.
         encode_images_per_second: What one of them encodes in truth, where it is known; null takes the estimate.
