@@ -28,7 +28,7 @@ from sdtrain.errors import ExitCode
 from sdtrain.run_dir import RunDir, read_json_lines
 from tests.data.download_site import in_namespace, lone_loopback
 from tests.data.ground import DOWNLOAD, Ended, Grounds, Run
-from tests.slurm.cluster import ENDED, ClusterJob, local_cluster, slurm, wait_until
+from tests.slurm.cluster import ENDED, REPOSITORY, ClusterJob, local_cluster, slurm, wait_until
 
 pytestmark = [pytest.mark.heavy, pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -94,9 +94,8 @@ class DataJob(ClusterJob):
         return {name: digest for name, digest in self.ingestion.digests().items() if not name.startswith(of_jobs)}
 
 
-@contextmanager
-def a_cluster() -> Iterator[None]:
-    """A Slurm of two nodes, cut off from everything."""
+def cut_off() -> None:
+    """Nothing but loopback and a cable that leads nowhere."""
     lone_loopback()
     for command in (
         "ip link add nodes type veth peer name cable",
@@ -105,6 +104,11 @@ def a_cluster() -> Iterator[None]:
         "ip link set cable up",
     ):
         subprocess.run(command.split(), check=True)
+
+
+@contextmanager
+def a_cluster() -> Iterator[None]:
+    """A Slurm of two nodes."""
     folder = Path(tempfile.mkdtemp(prefix="sl-", dir="/tmp"))
     with local_cluster(folder):
         yield
@@ -156,6 +160,21 @@ def both_nodes(folder: Path) -> None:
             assert_alike(job, yardstick)
             logs = job.launch("logs", str(job.run.path), "--rank", "1").stdout
             assert "node-1.log <==\n" in logs and "Ray on n2 ended as it was told" in logs
+            by_hand(job, "metadata")
+
+
+def by_hand(job: DataJob, *words: str) -> None:
+    """The script as it stands, on one node; what it is asked for stands already."""
+    page, script = str(job.ingestion.folder / "data.yaml"), str(REPOSITORY / "slurm" / "data.sbatch")
+    log = job.folder / "by-hand.log"
+    variables = f"SDTRAIN_MASTER_ADDR={ADDRESS},OMP_NUM_THREADS=1"
+    options = (f"--chdir={REPOSITORY}", f"--output={log}", f"--export=ALL,{variables}", "--cpus-per-task=1")
+    job.job = slurm("sbatch", "--parsable", *options, script, page, *words)
+    assert job.wait_for_end() == "COMPLETED", log.read_text()
+    assert "metadata: 3 of 3 up to date\n" in log.read_text()
+    refused = job.launch("resume", str(job.run.path))
+    assert refused.returncode == 0, "it is known from the job before"
+    slurm("scancel", str(Journal(job.run).newest_job()))
 
 
 def assert_refused(job: DataJob, folder: Path) -> None:
@@ -172,7 +191,7 @@ def assert_refused(job: DataJob, folder: Path) -> None:
 
 
 def faults(folder: Path) -> None:
-    """A node's raylet is killed in the middle, then the time limit comes near: requeued, and the same bytes."""
+    """A node's raylet is killed, the time limit comes near, a node goes down: requeued twice, and the same bytes."""
     with Grounds(folder).served() as grounds:
         yardstick = on_one_machine(grounds)
         with a_cluster():
@@ -186,10 +205,12 @@ def faults(folder: Path) -> None:
             slurm("scancel", "--batch", "--signal=USR1", job.job)  # what Slurm sends ahead of the time limit
             wait_until(lambda: job.state() == "PENDING", 90, f"the job is back in the queue: {job.said()}")
             assert not list(job.run.path.glob("logs/*/secret"))
+            goes_down(job)
             assert job.wait_for_end(seconds=400) == "COMPLETED", job.said()
-            assert job.restarts() == 1
+            assert job.restarts() == 2
             ends = [row for row in read_json_lines(Journal(job.run).path) if row["event"] == "end"]
-            assert [(row["code"], row["requeued"]) for row in ends] == [(ExitCode.REQUEUE, True), (0, False)]
+            assert (ends[0]["code"], ends[0]["requeued"]) == (ExitCode.REQUEUE, True)
+            assert (ends[-1]["code"], ends[-1]["requeued"]) == (0, False)
             assert (
                 "Ray on n2 ended by itself" in (job.run.path / "logs" / f"slurm-{job.job}.0" / "node-1.log").read_text()
             )
@@ -197,6 +218,22 @@ def faults(folder: Path) -> None:
             assert all(after[name] == commit for name, commit in kept.items()), "what was committed stays"
             assert {path: requests[path] for path in paths} == {path: asked[path] for path in paths}, "fetched once"
             assert_alike(job, yardstick)
+
+
+def goes_down(job: DataJob) -> None:
+    """Slurm requeues the second start by itself, as one of its nodes is gone."""
+    before = len(job.ingestion.committed())
+
+    def has_gone_on() -> bool:
+        job.hurry()
+        assert job.state() not in ENDED, job.said()
+        return job.state() == "RUNNING" and len(job.ingestion.committed()) > before
+
+    wait_until(has_gone_on, 240, f"a commit of the second start: {job.said()}")
+    slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    wait_until(lambda: job.state() == "PENDING", 90, f"the job is back in the queue: {job.said()}")
+    resume = ("scontrol", "update", "nodename=n2", "state=resume")  # refused where its slurmd has registered again
+    subprocess.run(resume, capture_output=True, check=False)
 
 
 def missing_node(folder: Path) -> None:
@@ -227,5 +264,6 @@ if os.environ.get("SLURMD_NODENAME") == "n2" and "start" in sys.orig_argv:
 
 if __name__ == "__main__":
     began = time.monotonic()
+    cut_off()
     {"both_nodes": both_nodes, "faults": faults, "missing_node": missing_node}[sys.argv[1]](Path(sys.argv[2]))
     print(f"{sys.argv[1]}: {time.monotonic() - began:.0f} s")
