@@ -239,7 +239,7 @@ def logs(
 
 
 @app.command("slurm-data")
-def slurm_data_(
+def slurm_ingestion(
     config: Annotated[Path, typer.Argument(help="A page of kind ingestion (YAML).")],
     words: Words = None,
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes, each with one Ray node.")] = 1,
