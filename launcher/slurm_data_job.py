@@ -249,7 +249,8 @@ def run_node(node: RayNode, environment: Mapping[str, str]) -> int:
         with temporary_folder(environment) as folder:
             if not node.is_head:
                 _wait_for_head(node.address)
-            ended = run_forwarding(node.command(folder), {**environment, **_OF_RAY})
+            of_workers = {"TMPDIR": str(folder)}  # what libraries leave there goes as well
+            ended = run_forwarding(node.command(folder), {**environment, **_OF_RAY, **of_workers})
     except SdtrainError as error:
         _say(f"{node.name}: {error}")
         return int(error.exit_code) if node.is_head else 0
