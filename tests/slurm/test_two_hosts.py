@@ -58,7 +58,8 @@ class Hosts:
     """Two hosts and what runs on them."""
 
     holder: int
-    launchers: list[subprocess.Popen[str]] = field(default_factory=list)
+    folder: Path
+    launchers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def inside(self, *command: str) -> list[str]:
         return ["nsenter", "--target", str(self.holder), "--net", "--mount", *command]
@@ -73,8 +74,15 @@ class Hosts:
         for host in ("1", "2"):
             named = ("ip", "netns", "exec", f"host{host}", "unshare", "--uts", "bash", "-c", HOST, "host", host)
             command = self.inside(*named, program, "torchrun", str(page), *meeting)
-            pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-            self.launchers.append(subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, **pipes))
+            with open(self.log(int(host)), "wb") as log:
+                launcher = subprocess.Popen(
+                    command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL, stderr=log
+                )
+            self.launchers.append(launcher)
+
+    def log(self, host: int) -> Path:
+        """What a host's launcher says."""
+        return self.folder / f"host{host}.log"
 
     def empty(self, host: int) -> None:
         """Everything on a host ends at once, watchdogs too; with the cable down nobody hears of it."""
@@ -85,16 +93,19 @@ class Hosts:
     def end(self, seconds: float) -> tuple[list[int], list[str]]:
         """What the launchers return and say."""
         deadline = time.monotonic() + seconds
-        said = [one.communicate(timeout=max(1.0, deadline - time.monotonic()))[1] for one in self.launchers]
+        while any(one.poll() is None for one in self.launchers) and time.monotonic() < deadline:
+            time.sleep(0.2)
         codes = [one.returncode for one in self.launchers]
+        said = [self.log(host).read_text(errors="replace") for host in (1, 2)]
+        assert None not in codes, (codes, "\n".join(said))
         self.launchers.clear()
         return codes, said
 
 
 @pytest.fixture
-def hosts() -> Iterator[Hosts]:
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
     holder = subprocess.Popen(["unshare", "--net", "--mount", "sleep", "infinity"])
-    found = Hosts(holder.pid)
+    found = Hosts(holder.pid, tmp_path)
     try:
         wait_until(lambda: psutil.Process(holder.pid).name() == "sleep", 5, "the namespaces")
         subprocess.run(found.inside("bash", "-c", CABLE), check=True)
@@ -102,7 +113,7 @@ def hosts() -> Iterator[Hosts]:
     finally:
         for launcher in found.launchers:
             launcher.terminate()
-            launcher.communicate(timeout=60)
+            launcher.wait(timeout=60)
         holder.kill()
         holder.wait()
 

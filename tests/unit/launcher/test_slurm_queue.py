@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from launcher import slurm_queue
 from launcher.site import Site
 from launcher.slurm import job_of, refuse_node_local
 from launcher.slurm_journal import Journal, Start, Submission, refuse_second_job, resubmission
-from launcher.slurm_queue import NodeGroup, QueuedJob, ask, groups_of, node_groups, seconds_of
+from launcher.slurm_queue import NodeGroup, QueuedJob, ask, groups_of, node_groups, requeue, seconds_of
 from launcher.slurm_watch import cancel_run, tails
 from sdtrain.errors import ConfigError
 from sdtrain.run_dir import Exit, RunDir
@@ -194,3 +195,18 @@ def test_the_logs_of_the_rank_to_blame_come_first(journal: Journal) -> None:
     (folder / "rank-3.log").unlink()
     (folder / "node-1.log").write_text("agent\n")
     assert [path.name for path, _ in tails(journal, 3, 2)] == ["slurm-7.out", "node-1.log"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "calls"), [(0, "requeue 7\n"), (240, "requeue 7\nupdate jobid=7 StartTime=now+240\n")]
+)
+def test_a_requeued_job_may_have_to_wait(programs: Path, tmp_path: Path, seconds: int, calls: str) -> None:
+    """The wait is asked for after the requeue, which tells this very process to end."""
+    program(programs, "scontrol", f"echo $* >> {tmp_path}/calls; [ $1 = update ] || kill -TERM $PPID")
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        requeue("7", delay_seconds=seconds)
+        assert (signal.getsignal(signal.SIGTERM) is signal.SIG_IGN) is (seconds > 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "calls").read_text() == calls
