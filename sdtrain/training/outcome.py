@@ -122,8 +122,8 @@ def leave_broken(
             reason, blamed = f"{lost.reason}; rank {rank} noticed it by {reason}", lost.rank
     try:
         run.leave_word(Exit(int(code), reason, step, blamed, attempt))
-    except OSError as lost:  # a disk that is full or gone must not turn this end into another one
-        print(f"rank {rank}: no word of it could be left in {run.path}: {lost}", file=sys.stderr)
+    except OSError as refused:  # a disk that is full or gone must not turn this end into another one
+        print(f"rank {rank}: no word of it could be left in {run.path}: {refused}", file=sys.stderr)
     return code
 
 
