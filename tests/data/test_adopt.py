@@ -10,6 +10,7 @@ import sys
 import tarfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -369,11 +370,10 @@ def test_any_number_of_workers_gives_the_same_shards_and_manifest(tmp_path: Path
     for index in range(3):
         write_tar(tmp_path / f"given/{index}.tar", [sample(7 * index + number) for number in range(7)])
     digests = []
-    for name, executor in (("inline", InlineExecutor()), ("ray", RayExecutor(workers=2))):
+    for name, executor in (("inline", nullcontext(InlineExecutor())), ("ray", RayExecutor(workers=2))):
         out = tmp_path / name
-        run(page(out, tmp_path / "given", content_dedup=ContentDedupConfig()), executor)
-        if isinstance(executor, RayExecutor):
-            executor.__exit__()
+        with executor as workers:
+            run(page(out, tmp_path / "given", content_dedup=ContentDedupConfig()), workers)
         paths = [*(out / "04-select").glob("0*"), *(out / "04-content-dedup").glob("0*"), out / "manifest.json"]
         digests.append({str(path.relative_to(out)): sha256_file(path) for path in paths})
     assert digests[0] == digests[1] and len(digests[0]) > 15
