@@ -127,7 +127,8 @@ def assert_alike(job: DataJob, yardstick: Ended) -> None:
     assert job.data_files() == wanted
     assert job.ingestion.committed() == yardstick.committed
     assert not list(job.run.path.glob("logs/*/secret")), "the token goes with the job"
-    assert not list(job.scratch.iterdir()), "temporary folders go with the job"
+    left = {path.name for path in job.scratch.iterdir()}
+    assert left <= {"sdtrain-cache"}, "temporary folders go with the job, the compile cache serves the next one"
     shutil.rmtree(job.scratch)
 
 
