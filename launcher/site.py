@@ -21,17 +21,17 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Site(Section):
-    """Defaults of `sdtrain-launch slurm`; its options win over them.
+    """Defaults of `sdtrain-launch slurm` and `slurm-data`; their options win over them.
 
     Attributes:
         partition: Partition of the jobs; null takes the cluster's default.
         account: Account that is charged.
         qos: Quality of service.
         constraint: Node features, as in `h100&ib`.
-        gpus_per_node: GPUs of a node, one rank for each.
+        gpus_per_node: GPUs of a node, one rank for each; an ingestion takes those that its command asks for.
         cpus_per_gpu: Cores of a rank and its data workers; null leaves it to the cluster.
         time: Time limit of one job, HH:MM:SS or D-HH:MM:SS; a run goes on in the next one.
-        save_seconds: How long before the limit the ranks are told to save and leave.
+        save_seconds: How long before the limit a job is told to save and leave.
         preflight: Whether a job begins with `sdtrain doctor` on all of its ranks.
         exclude_bad_nodes: Whether a job that finds failing or slow nodes so is requeued without them.
         max_restarts: How often a job is requeued before it needs a person.
