@@ -57,7 +57,7 @@ class _Forwarding(AbstractContextManager["_Forwarding"]):
     Only the first: torchrun is already waiting for its workers to save then, and a second one would cut that short.
     """
 
-    def __init__(self, *children: subprocess.Popen[str]) -> None:
+    def __init__(self, children: Sequence[subprocess.Popen[str]]) -> None:
         self._children = children
         self._previous: dict[signal.Signals, Any] = {}
         self.told: int | None = None
@@ -74,8 +74,13 @@ class _Forwarding(AbstractContextManager["_Forwarding"]):
     def _forward(self, number: int, _: FrameType | None) -> None:
         if self.told is None:
             self.told = number
+            self.pass_on()
+
+    def pass_on(self) -> None:
+        """Send what came to all children that there are by now."""
+        if self.told is not None:
             for child in self._children:
-                child.send_signal(FORWARDED[signal.Signals(number)])
+                child.send_signal(FORWARDED[signal.Signals(self.told)])
 
 
 class _Pump(threading.Thread):
@@ -112,7 +117,7 @@ def run_forwarding(command: Sequence[str], env: Mapping[str, str]) -> Ended:
     )
     assert child.stderr is not None
     pump = _Pump(child.stderr)
-    with _Forwarding(child) as forwarding:
+    with _Forwarding([child]) as forwarding:
         pump.start()
         returncode = child.wait()
         pump.join(PUMP_TIMEOUT_SECONDS)  # an orphan may hold the pipe open; its words are in the log folder
@@ -136,11 +141,11 @@ def run_together(
     Raises:
         FileNotFoundError: The program does not exist.
     """
-    children = [
-        subprocess.Popen(command, env=dict(environment), text=True, start_new_session=True)
-        for environment in environments
-    ]
-    with _Forwarding(*children) as forwarding:
+    children: list[subprocess.Popen[str]] = []
+    with _Forwarding(children) as forwarding:
+        for environment in environments:
+            children.append(subprocess.Popen(command, env=dict(environment), text=True, start_new_session=True))
+        forwarding.pass_on()  # to those that were started after it came
         end = time.monotonic() + seconds
         while time.monotonic() < end and any(child.poll() is None for child in children):
             time.sleep(0.05)

@@ -26,7 +26,7 @@ def meeting_point(placement: Placement) -> tuple[str, int]:
     """Where the ranks' doctors meet: one port above torchrun's, which the agents of quicker nodes may want already."""
     if placement.rdzv_endpoint is not None:
         address, _, port = placement.rdzv_endpoint.rpartition(":")
-        return address, int(port) + 1
+        return address.strip("[]"), int(port) + 1
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return "127.0.0.1", int(probe.getsockname()[1])
