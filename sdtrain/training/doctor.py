@@ -24,7 +24,7 @@ from sdtrain.config.run import TrainingConfig
 from sdtrain.errors import ExitCode
 from sdtrain.run_dir import PREFLIGHT_FILE, REFUSED_STEP, Exit, RunDir, tell_launcher, write_atomically
 from sdtrain.training import preflight
-from sdtrain.training.findings import Finding, failing_hosts, merge, table
+from sdtrain.training.findings import Finding, failing_hosts, merge, named, table
 from sdtrain.training.meeting import AbsentError, Meeting, join
 from sdtrain.training.node_checks import examine, examine_device, guarded, machine, software
 from sdtrain.training.node_speed import Speed
@@ -78,7 +78,7 @@ class Report:
     def reason(self) -> str:
         """What failed, in one line; empty where nothing did."""
         failed = [one for one in self.findings if one.status == "failed"]
-        return "; ".join(f"{', '.join(one.hosts)}: {one.check}: {one.found}" for one in failed)
+        return "; ".join(f"{named(one.hosts)}: {one.check}: {one.found}" for one in failed)
 
     def as_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -178,7 +178,7 @@ def examine_together(
             word = _check(meeting, load, folder, start, clock)
         except RuntimeError as error:  # of torch.distributed's all are
             word = _tell_lost(meeting, folder, start, error)
-    distributed.shutdown()
+        distributed.shutdown()  # which a group that broke may not let go of
     return word
 
 
@@ -186,11 +186,12 @@ def _check(
     meeting: Meeting, load: Callable[[], TrainingConfig], folder: Path, start: float, clock: Callable[[], float]
 ) -> str:
     config, findings, speed = _examine_here(meeting, load)
-    facts = software() | {"machine": machine()} if meeting.leads else {}
+    facts = software() | {"device": distributed.device().type, "machine": machine()} if meeting.leads else {}
     meeting.give("local", {"findings": [asdict(one) for one in findings], "facts": facts, "speed": _plain(speed)})
     meeting.enter("comparison")
     local = meeting.collect("local")
-    is_sound = meeting.tell("sound", all(_is_sound(rank) for rank in local))
+    devices = {rank["facts"].get("device") for rank in local} - {None}
+    is_sound = meeting.tell("sound", len(devices) == 1 and all(_is_sound(rank) for rank in local))
     together, measured = [], {}
     if is_sound:
         assert config is not None, "a page that cannot be read is not sound"

@@ -11,6 +11,7 @@ Status = Literal["ok", "warning", "failed"]
 
 WIDTH = 120
 _CHECK, _STATUS = 16, 9
+SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,13 @@ def _where(one: Finding, num_hosts: int) -> str:
         return ""
     if len(one.hosts) == num_hosts:
         return f"all {num_hosts} nodes, as {one.hosts[0]}: "
-    return f"{', '.join(one.hosts)}: "
+    return f"{named(one.hosts)}: "
+
+
+def named(hosts: Sequence[str]) -> str:
+    """Hosts by name, or the first of many and how many more there are."""
+    more = f" and {len(hosts) - SHOWN} more" if len(hosts) > SHOWN else ""
+    return ", ".join(hosts[:SHOWN]) + more
 
 
 def _wrapped(first: str, text: str) -> list[str]:

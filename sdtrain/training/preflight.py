@@ -108,8 +108,10 @@ def check_shared(meeting: Meeting, folder: Path, *, seconds: float = SHARED_SECO
             problem = "" if seen else f"does not see what {meeting.hosts[0]} writes there"
         problems = distributed.gather_objects(problem)
         if place.is_main:
+            end = time.monotonic() + seconds
             problems = [
-                problem or _unseen(meeting, rank, folder, token, seconds) for rank, problem in enumerate(problems)
+                problem or _unseen(meeting, rank, folder, token, end - time.monotonic())
+                for rank, problem in enumerate(problems)
             ]
         problems = distributed.broadcast_object(problems)
     finally:

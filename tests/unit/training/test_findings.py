@@ -48,6 +48,8 @@ def test_the_table_says_what_to_do_and_where() -> None:
         "scratch         FAILED   n2: TMPDIR is full",
         "                         -> remove something",
     ]
+    many = table([Finding("gpus", "failed", "7 visible", hosts=tuple(f"n{index}" for index in range(12)))], 64)
+    assert "n0, n1, n2, n3, n4, n5, n6, n7 and 4 more: 7 visible" in many
     assert "n1" not in table(findings, 1), "one machine needs no name"
     wide = table([Finding("x", "ok", "word " * 60)])
     assert max(map(len, wide.splitlines())) <= 120

@@ -37,6 +37,8 @@ def test_of_two_nobody_is_to_blame() -> None:
 def test_a_missing_package_is_a_difference_and_another_gpu_is_only_slow() -> None:
     without = {name: version for name, version in SAME.items() if name != "torch"}
     mixed = compare_versions({"n1": SAME, "n2": without | {"machine": "A100"}, "n3": SAME})
+    (found,) = compare_versions({"n1": {"device": "cuda"}, "n2": {"device": "cuda"}, "n3": {"device": "cpu"}})
+    assert (found.status, found.hosts, found.found) == ("failed", ("n3",), "device is cuda on 2 nodes, cpu on n3")
     assert [(one.status, one.found) for one in mixed] == [
         ("failed", "torch is 2.13.0 on 2 nodes, none on n2"),
         ("warning", "machine is H100 on 2 nodes, A100 on n2"),
