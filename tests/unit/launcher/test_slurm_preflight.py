@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher import slurm_job, slurm_preflight
+from launcher import cli, slurm_job, slurm_preflight
 from launcher.site import Site
 from launcher.slurm import job_of
 from launcher.slurm_job import Surroundings, begin
@@ -19,6 +20,7 @@ from launcher.slurm_queue import QueuedJob, excluded_nodes, host_names, requeue,
 from launcher.status import read_status, render
 from sdtrain.errors import ConfigError, ExitCode, NoProgressError
 from sdtrain.run_dir import PREFLIGHT_FILE, REFUSALS, Exit, RunDir
+from tests.support import tiny_page
 
 NODES = ("n1", "n2", "n3")
 SCRATCH = {"n2": ["scratch: TMPDIR is full"]}
@@ -228,3 +230,16 @@ def test_options_that_contradict_each_other() -> None:
     options = {"gpus_per_node": 8, "preflight": False, "exclude_bad_nodes": True}
     with pytest.raises(ConfigError, match=r"--exclude-bad-nodes needs the preflight that finds them; leave --no-"):
         job_of(options, Site(), "n", "auto")
+
+
+def test_options_reach_the_script(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tiny_page(tmp_path, tmp_path / "manifest.json")
+    given = ("--gpus-per-node", "1", "--exclude", "n[3-4],n7", "--exclude-bad-nodes", "--dry-run")
+    monkeypatch.setattr(sys, "argv", ["sdtrain-launch", "slurm", str(page), *given])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert not left.value.code
+    script = capsys.readouterr().out
+    assert "#SBATCH --exclude='n[3-4],n7'\n" in script and "\npreflight=exclude\n" in script
