@@ -74,7 +74,9 @@ class DataJob(ClusterJob):
                 environment, name = one.environ(), one.name()
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
-            if environment.get("SLURM_JOB_ID") == self.job and (name == "raylet" or name.startswith("ray::")):
+            facts = (environment.get("SLURM_CONF"), environment.get("SLURM_JOB_ID"))
+            is_rays = name == "raylet" or name.startswith("ray::")
+            if is_rays and facts == (os.environ["SLURM_CONF"], self.job):
                 yield environment["SLURMD_NODENAME"], one
 
     def raylet(self, node: str) -> psutil.Process:
@@ -155,13 +157,30 @@ def both_nodes(folder: Path) -> None:
             assert modes == [0o700, 0o600]
             assert_refused(job, folder)
             assert "RUNNING" in job.launch("status", str(job.run.path)).stdout
-            again = job.launch("slurm-data", str(job.ingestion.folder / "data.yaml"), "--site", str(job.site))
-            assert again.returncode == ExitCode.CONFIG and f"its job {job.job} is RUNNING" in again.stderr
+            assert_not_submitted(job)
             assert job.wait_for_end() == "COMPLETED", job.said()
             assert_alike(job, yardstick)
             logs = job.launch("logs", str(job.run.path), "--rank", "1").stdout
             assert "node-1.log <==\n" in logs and "Ray on n2 ended as it was told" in logs
             by_hand(job, "metadata")
+
+
+def assert_not_submitted(job: DataJob) -> None:
+    """A second job of the same output, and jobs that this cluster can never start."""
+    local = job.folder / "local.yaml"
+    local.write_text("{}\n")
+    for arguments, message in (
+        (("--site", str(job.site)), f"its job {job.job} is RUNNING; it goes on by itself, or end it first with: sdtr"),
+        (
+            ("--site", str(local), "output=/dev/shm/sdtrain-data"),
+            "output = /dev/shm/sdtrain-data: lies on /dev/shm, a ",
+        ),
+        (("--site", str(job.site), "--partition", "mian"), "--partition mian: the cluster has no such partition, only"),
+        (("--site", str(job.site), "--nodes", "4"), "--nodes 4 --gpus-per-node 0: partition main has 2 such nodes"),
+        (("--site", str(job.site), "--time", "00:01:00"), "--time 00:01:00: a job is told to leave 120 s before the"),
+    ):
+        done = job.launch("slurm-data", str(job.ingestion.folder / "data.yaml"), *arguments)
+        assert done.returncode == ExitCode.CONFIG and message in done.stderr, done.stderr
 
 
 def by_hand(job: DataJob, *words: str) -> None:
@@ -180,8 +199,7 @@ def by_hand(job: DataJob, *words: str) -> None:
 
 def assert_refused(job: DataJob, folder: Path) -> None:
     """Who is on the machine and has no token cannot join."""
-    (raylet,) = (one for node, one in job.look() if node == "n2" and one.name() == "raylet")
-    (address,) = {word.partition("=")[2] for word in raylet.cmdline() if word.startswith("--gcs-address=")}
+    (address,) = {word.partition("=")[2] for word in job.raylet("n2").cmdline() if word.startswith("--gcs-address=")}
     outsider = {name: value for name, value in os.environ.items() if not name.startswith(("RAY", "SLURM"))}
     words = ("run", str(job.ingestion.folder / "data.yaml"), "metadata", f"output={folder / 'other'}")
     command = [sys.executable, "-m", "data_pipeline.cli", *words, f"runner.address={address}"]
