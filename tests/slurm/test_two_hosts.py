@@ -5,6 +5,7 @@ The hosts share this machine's disk, as nodes share a file system, and have name
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ import psutil
 import pytest
 
 from sdtrain.errors import ExitCode
-from sdtrain.run_dir import RunDir, read_json_lines
+from sdtrain.run_dir import PREFLIGHT_FILE, RunDir, read_json_lines
 from tests.slurm.cluster import REPOSITORY, wait_until
 from tests.support import tiny_page
 
@@ -67,10 +68,10 @@ class Hosts:
     def cable(self, state: str) -> None:
         subprocess.run(self.inside("ip", "-n", "host1", "link", "set", "veth1", state), check=True)
 
-    def launch(self, page: Path) -> None:
-        """`sdtrain-launch torchrun` on both."""
+    def launch(self, page: Path, *options: str) -> None:
+        """`sdtrain-launch torchrun` on both, without a preflight unless options ask for it."""
         program = str(Path(sys.executable).with_name("sdtrain-launch"))
-        meeting = ("--nproc", "1", "--nnodes", "2", "--rdzv-endpoint", "10.77.0.1:29500", "--no-preflight")
+        meeting = ("--nproc", "1", "--nnodes", "2", "--rdzv-endpoint", "10.77.0.1:29500", "--no-preflight", *options)
         for host in ("1", "2"):
             named = ("ip", "netns", "exec", f"host{host}", "unshare", "--uts", "bash", "-c", HOST, "host", host)
             command = self.inside(*named, program, "torchrun", str(page), *meeting)
@@ -129,6 +130,23 @@ LOST = {
     ),
     "emptied": "rank 1 on host2 is gone, and no watchdog there says why: the job was ended on that node; rank 0 ",
 }
+
+
+def test_both_hosts_are_checked_over_the_cable_before_they_train(hosts: Hosts, manifest: Path, tmp_path: Path) -> None:
+    """A start that it refuses leaves nothing but logs."""
+    page = tiny_page(tmp_path, manifest, trainer={"max_steps": 3})
+    run = RunDir(tmp_path / "run")
+    hosts.launch(page, "--preflight", "data.manifest=gone.json")
+    codes, said = hosts.end(120)
+    assert codes == [ExitCode.PREFLIGHT] * 2, said
+    assert "the start was refused with code 9, nothing but" in said[0]
+    assert [path.name for path in run.path.iterdir()] == ["logs"]
+    hosts.launch(page, "--preflight")
+    codes, said = hosts.end(150)
+    assert codes == [0, 0], said
+    report = json.loads((run.path / "logs" / PREFLIGHT_FILE).read_text())
+    assert (report["passed"], report["hosts"]) == (True, ["host1", "host2"])
+    assert report["measured"]["link_seconds"].keys() == {"host1", "host2"}
 
 
 @pytest.mark.parametrize("what", sorted(LOST))
