@@ -152,12 +152,12 @@ def doctor(
     if worker:
         if config is None or output is None:
             raise ConfigError("doctor --worker needs CONFIG and --output FOLDER; sdtrain-launch gives both")
-        from sdtrain.training.doctor import examine_as_rank
+        from sdtrain.training.preflight.doctor import examine_as_rank
 
         page = partial(load_training, config, overrides or [])
         raise typer.Exit(examine_as_rank(page, output, expected=hosts.split(), join_seconds=join_seconds))
     page = None if config is None else load_training(config, overrides or [])
-    from sdtrain.training.doctor import examine_alone
+    from sdtrain.training.preflight.doctor import examine_alone
 
     found = examine_alone(page)
     typer.echo(_json(found.as_json()) if as_json else found.text())

@@ -52,7 +52,7 @@ class Peer:
 
 
 def host_name() -> str:
-    """This node's name; the one that Slurm's commands take, where a job runs."""
+    """This node's name; under Slurm the one that its commands take, by which the node can be left out."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 

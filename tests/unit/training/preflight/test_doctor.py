@@ -28,7 +28,8 @@ page, output, sick, limits = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], 
 
 import torch
 from sdtrain.config.load import load_training
-from sdtrain.training import doctor, environment, meeting, preflight
+from sdtrain.training import environment
+from sdtrain.training.preflight import collective, doctor, meeting
 
 if rank == 1 and sick == "many things":
     limits["clock"] = lambda: time.time() + 500
@@ -45,12 +46,12 @@ if rank == 1 and sick == "unshared":
         mount("tmpfs", page.parent / "run" / "logs", "tmpfs", 0)
     except OSError:
         output.joinpath("not-allowed").touch()
-    preflight.check_shared.__kwdefaults__["seconds"] = 0.5
+    collective.check_shared.__kwdefaults__["seconds"] = 0.5
 meeting.PULSE_SECONDS, meeting.LISTEN_SECONDS, doctor.LATER_SECONDS = 0.2, 1.0, 3.0
 if rank == 1 and sick == "dead":
-    preflight.clock_offsets = lambda *_: os._exit(1)
+    collective.clock_offsets = lambda *_: os._exit(1)
 if rank == 1 and sick == "stopped":
-    preflight.clock_offsets = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+    collective.clock_offsets = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
 if rank == 1 and sick == "behind":
     doctor.examine_device = lambda _: time.sleep(60)
 if rank == 1 and sick == "blind":

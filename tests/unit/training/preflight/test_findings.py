@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdtrain.training.findings import Finding, failing_hosts, merge, table
+from sdtrain.training.preflight.findings import Finding, failing_hosts, merge, table
 
 
 def test_what_is_well_takes_one_row_and_what_is_not_one_per_thing_found() -> None:

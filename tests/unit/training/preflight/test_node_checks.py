@@ -14,8 +14,9 @@ from sdtrain.config.load import load_training
 from sdtrain.config.run import TrainingConfig
 from sdtrain.data.manifest import Manifest
 from sdtrain.run_dir import RunDir
-from sdtrain.training import environment, node_checks, node_speed
-from sdtrain.training.findings import Finding
+from sdtrain.training import environment
+from sdtrain.training.preflight import node_checks, node_speed
+from sdtrain.training.preflight.findings import Finding
 from tests.support import make_latent_manifest, tiny_page, write_tiny_autoencoder
 
 

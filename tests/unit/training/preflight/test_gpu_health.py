@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sdtrain.training import gpu_health
-from sdtrain.training.node_checks import check_driver
+from sdtrain.training.preflight import gpu_health
+from sdtrain.training.preflight.node_checks import check_driver
 
 GPU = """
 <gpu id="00000000:{bus}:00.0">

@@ -22,9 +22,9 @@ import torch
 from torch import distributed as dist
 
 from sdtrain import distributed
-from sdtrain.training.findings import Finding
-from sdtrain.training.meeting import Meeting
-from sdtrain.training.node_speed import synchronize
+from sdtrain.training.preflight.findings import Finding
+from sdtrain.training.preflight.meeting import Meeting
+from sdtrain.training.preflight.node_speed import synchronize
 
 SHARED_SECONDS = 30.0
 """How long another node's file may take to be seen: NFS keeps what it knows of a folder for 30 s (acdirmin)."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +22,13 @@ from sdtrain import distributed
 from sdtrain.config.run import TrainingConfig
 from sdtrain.errors import ExitCode
 from sdtrain.run_dir import PREFLIGHT_FILE, REFUSED_STEP, Exit, RunDir, tell_launcher, write_atomically
-from sdtrain.training import preflight
-from sdtrain.training.findings import Finding, failing_hosts, merge, named, table
-from sdtrain.training.meeting import AbsentError, Meeting, join
-from sdtrain.training.node_checks import examine, examine_device, guarded, machine, software
-from sdtrain.training.node_speed import Speed
 from sdtrain.training.outcome import Refused, leave_refused
+from sdtrain.training.peers import host_name
+from sdtrain.training.preflight import collective
+from sdtrain.training.preflight.findings import Finding, failing_hosts, merge, named, table
+from sdtrain.training.preflight.meeting import AbsentError, Meeting, join
+from sdtrain.training.preflight.node_checks import examine, examine_device, guarded, machine, software
+from sdtrain.training.preflight.node_speed import Speed
 
 STAGES = (
     "this node",
@@ -111,11 +111,6 @@ def report_of(by_host: Mapping[str, Sequence[Finding]], together: Sequence[Findi
     return Report(list(by_host), findings, failing_hosts(findings, by_host), slow, **facts)
 
 
-def node_name() -> str:
-    """This node as its scheduler calls it, which is the name that it can be left out by; else its own name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 def examine_alone(config: TrainingConfig | None) -> Report:
     """This machine and all of its devices."""
     start = time.monotonic()
@@ -123,7 +118,7 @@ def examine_alone(config: TrainingConfig | None) -> Report:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices = [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
     findings += [examine_device(device)[0] for device in devices]
-    return report_of({node_name(): findings}, seconds=time.monotonic() - start)
+    return report_of({host_name(): findings}, seconds=time.monotonic() - start)
 
 
 def examine_as_rank(load: Callable[[], TrainingConfig], folder: Path, **limits: Any) -> int:
@@ -141,7 +136,7 @@ def examine_as_rank(load: Callable[[], TrainingConfig], folder: Path, **limits: 
 class Measured:
     """What one rank measured together with others."""
 
-    reduction: preflight.Reduction
+    reduction: collective.Reduction
     links: dict[str, float]
 
 
@@ -170,7 +165,7 @@ def examine_together(
     start = time.monotonic()
     place = distributed.ranks()
     try:
-        meeting = join(place, node_name(), STAGES, expected=expected, seconds=join_seconds)
+        meeting = join(place, host_name(), STAGES, expected=expected, seconds=join_seconds)
     except AbsentError as error:
         return _tell_absent(error, folder, time.monotonic() - start)
     with _no_longer_than(check_seconds, meeting, folder):
@@ -244,27 +239,27 @@ def _measure_together(
     together: list[Finding] = []
     meeting.enter("shared folder")
     if len(hosts) > 1:
-        together.append(preflight.check_shared(meeting, logs))
+        together.append(collective.check_shared(meeting, logs))
     meeting.enter("clocks")
-    offsets = preflight.clock_offsets(meeting, clock)
+    offsets = collective.clock_offsets(meeting, clock)
     meeting.enter("all-reduce")
-    reduction = preflight.measure_all_reduce(device)
+    reduction = collective.measure_all_reduce(device)
     meeting.enter("network links")
-    gathered = distributed.gather_objects(Measured(reduction, preflight.measure_links(meeting, device)))
+    gathered = distributed.gather_objects(Measured(reduction, collective.measure_links(meeting, device)))
     if not meeting.place.is_main:
         return [], {}
     if len(hosts) > 1:
-        together += preflight.judge_clocks({hosts[0]: 0.0, **offsets})
+        together += collective.judge_clocks({hosts[0]: 0.0, **offsets})
     reductions = _by_host(meeting.hosts, [one.reduction for one in gathered])
     if meeting.place.world_size > 1:
-        together.append(preflight.judge_all_reduce(reductions, device.type))
+        together.append(collective.judge_all_reduce(reductions, device.type))
     links = {host: seconds for one in gathered for host, seconds in one.links.items()}
-    factor = preflight.SLOW_FACTOR[device.type]
+    factor = collective.SLOW_FACTOR[device.type]
     matmul = _by_host(meeting.hosts, [rank["speed"]["matmul_seconds"] for rank in local])
     copies = _by_host(meeting.hosts, [rank["speed"]["copy_seconds"] for rank in local])
-    together += preflight.judge_speed("a product of two matrices", matmul, factor)
-    together += preflight.judge_speed("a copy into its device's memory", copies, factor)
-    together += preflight.judge_links(links, factor)
+    together += collective.judge_speed("a product of two matrices", matmul, factor)
+    together += collective.judge_speed("a copy into its device's memory", copies, factor)
+    together += collective.judge_links(links, factor)
     measured = {
         "matmul_seconds": matmul,
         "copy_seconds": copies,
@@ -295,7 +290,7 @@ def _judged(
     for host, rank in zip(meeting.hosts, local, strict=True):
         by_host.setdefault(host, []).extend(Finding(**one) for one in rank["findings"])
     facts = {meeting.hosts[rank]: local[rank]["facts"] for rank in meeting.leaders}
-    equal = preflight.compare_versions(facts) if len(facts) > 1 else []
+    equal = collective.compare_versions(facts) if len(facts) > 1 else []
     return report_of(by_host, [*equal, *together], measured=dict(measured), seconds=seconds)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdtrain.training.preflight import (
+from sdtrain.training.preflight.collective import (
     Reduction,
     compare_versions,
     judge_all_reduce,

@@ -20,9 +20,10 @@ from sdtrain.config.run import TrainingConfig
 from sdtrain.data.manifest import Manifest
 from sdtrain.errors import SdtrainError
 from sdtrain.run_dir import RunDir
-from sdtrain.training import environment, gpu_health
-from sdtrain.training.findings import Finding
-from sdtrain.training.node_speed import MATMUL_SIZE, Speed, measure
+from sdtrain.training import environment
+from sdtrain.training.preflight import gpu_health
+from sdtrain.training.preflight.findings import Finding
+from sdtrain.training.preflight.node_speed import MATMUL_SIZE, Speed, measure
 
 MIB, GIB = 2**20, 2**30
 RUN_WARNING_BYTES = 32 * GIB

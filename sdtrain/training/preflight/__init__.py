@@ -1,0 +1,1 @@
+"""What `sdtrain doctor` checks: one machine, or all ranks of a job before it trains."""
