@@ -33,6 +33,7 @@ from tests.slurm.cluster import ENDED, REPOSITORY, ClusterJob, local_cluster, sl
 pytestmark = [pytest.mark.heavy, pytest.mark.long, pytest.mark.timeout(900)]
 
 STAGES = ("metadata", "filter", "dedup", "download", "images")
+UNHURRIED = "download.host_gap_seconds=0.2"  # time to look and to kill; the pictures are the same
 ADDRESS = "10.77.0.1"  # Slurm looks up names only where there is an address beside loopback's
 
 
@@ -143,7 +144,7 @@ def both_nodes(folder: Path) -> None:
         yardstick = on_one_machine(grounds, *STAGES)
         with a_cluster():
             job = DataJob(folder, folder / "site.yaml", ingestion=grounds.run())
-            job.submit(*STAGES)
+            job.submit(*STAGES, UNHURRIED)
             seen: set[str] = set()
 
             def both_were_busy() -> bool:
@@ -215,7 +216,7 @@ def faults(folder: Path) -> None:
         yardstick = on_one_machine(grounds)
         with a_cluster():
             job = DataJob(folder, folder / "site.yaml", ingestion=grounds.run())
-            job.submit()
+            job.submit(UNHURRIED)
             wait_until(lambda: job.downloads() >= 2, 240, f"two downloads: {job.said()}")
             job.raylet("n2").send_signal(signal.SIGKILL)
             before = job.downloads()
