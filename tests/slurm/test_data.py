@@ -33,7 +33,7 @@ from tests.slurm.cluster import ENDED, REPOSITORY, ClusterJob, local_cluster, sl
 pytestmark = [pytest.mark.heavy, pytest.mark.long, pytest.mark.timeout(900)]
 
 STAGES = ("metadata", "filter", "dedup", "download", "images")
-UNHURRIED = "download.host_gap_seconds=0.2"  # time to look and to kill; the pictures are the same
+UNHURRIED = "download.host_gap_seconds=0.02"  # time to look and to kill; the pictures are the same
 ADDRESS = "10.77.0.1"  # Slurm looks up names only where there is an address beside loopback's
 
 
