@@ -30,6 +30,7 @@ _LONGEST_TEMPORARY_FOLDER = 40
 _HEAD_SECONDS = 300.0
 _OF_RAY = {
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # else a node that outlives its head waits for it in vain
+    "RAY_prestart_worker_first_driver": "0",  # else one worker that dies as it starts keeps the driver waiting for ever
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leave CUDA_VISIBLE_DEVICES of CPU tasks alone, as without a cluster
 }
 _FINAL = frozenset({ExitCode.DONE, ExitCode.CONFIG, ExitCode.DATA, ExitCode.STORAGE})
@@ -219,14 +220,8 @@ class RayNode:
             *(head if self.is_head else ["--address", self.address]),
             *("--num-cpus", str(self.num_cpus), "--num-gpus", str(self.num_gpus), *memory),
             *("--object-store-memory", str(OBJECT_STORE_BYTES), "--temp-dir", str(folder)),
-            *(
-                "--min-worker-port",
-                "0",
-                "--max-worker-port",
-                "0",
-                "--dashboard-agent-listen-port",
-                "0",
-            ),  # any free ones
+            *("--min-worker-port", "0", "--max-worker-port", "0"),  # any free ones
+            *("--dashboard-agent-listen-port", "0"),
             *("--include-log-monitor=false", "--disable-usage-stats"),
             *("--log-style", "record", "--log-color", "false"),
         ]
