@@ -1,4 +1,4 @@
-"""Commands of `sdtrain-data` for data sets that stand: take samples down, write the data card, export."""
+"""Commands of `sdtrain-data` for data sets that stand: verify, take samples down, write the data card, export."""
 
 from __future__ import annotations
 
@@ -18,6 +18,24 @@ class Format(Enum):
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
+
+
+@app.command(epilog="Example: sdtrain-data verify data/laion/manifest.json")
+def verify(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="A manifest.json or images.json.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Sizes alone, not every byte.")] = False,
+) -> None:
+    """Read every shard of a data set back and compare it with the digest in its manifest."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from sdtrain.data.manifest import Manifest
+    from sdtrain.data.manifest import verify as verify_shards
+
+    found, console = Manifest.load(manifest), Console(stderr=True)
+    verify_shards(found, deep=not quick, watched=lambda shards: track(shards, "shards", console=console))
+    what = "there, with the right sizes" if quick else "as they were written"
+    typer.echo(f"verify: {manifest}: all {len(found.shards):,} shards are {what}")
 
 
 @app.command(

@@ -56,16 +56,18 @@ ExcludeBadNodes = Annotated[
 Exclude = Annotated[str | None, typer.Option(metavar="NODES", help="Nodes to do without, as in n[3-4],n7.")]
 SiteFile = Annotated[Path | None, typer.Option(help="The site's defaults; else $SDTRAIN_SITE or slurm/site.yaml.")]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Start runs on one or many GPUs, and ask how they stand.",
+    epilog="Exit codes of what is started: sdtrain --help.",
+)
 app.add_typer(batch_app)
 
 
-@app.callback()
-def _commands() -> None:
-    """Start runs on one or many GPUs, and ask how they stand."""
-
-
-@app.command()
+@app.command(epilog="Example: sdtrain-launch torchrun configs/sd15/train.yaml --nproc 8")
 def torchrun(
     config: Annotated[Path, typer.Argument(help="Training page (YAML).")],
     overrides: Overrides = None,
@@ -110,7 +112,7 @@ def torchrun(
     raise typer.Exit(int(supervisor.run(resume)))
 
 
-@app.command()
+@app.command(epilog="Example: sdtrain-launch slurm configs/sd15/train.yaml --nodes 8 --time 24:00:00 --dry-run")
 def slurm(
     config: Annotated[Path, typer.Argument(help="Training page (YAML).")],
     overrides: Overrides = None,
@@ -181,7 +183,7 @@ def submit_run(
         typer.echo(f"  sdtrain-launch {command} {run_dir.path}")
 
 
-@app.command()
+@app.command(epilog="Example: sdtrain-launch resume runs/sd15-train --nodes 4")
 def resume(
     run: RunFolder,
     overrides: Overrides = None,
@@ -216,7 +218,7 @@ def resume(
             submit_run(page, words, again.options, dry_run=dry_run)
 
 
-@app.command()
+@app.command(epilog="Example: sdtrain-launch cancel runs/sd15-train")
 def cancel(
     run: RunFolder,
     now: Annotated[bool, typer.Option("--now", help="Do not let it save.")] = False,
@@ -225,7 +227,7 @@ def cancel(
     typer.echo(cancel_run(Journal(RunDir(run)), now=now))
 
 
-@app.command()
+@app.command(epilog="Example: sdtrain-launch logs runs/sd15-train --rank 17")
 def logs(
     run: RunFolder,
     rank: Annotated[
@@ -238,7 +240,10 @@ def logs(
         typer.echo(f"==> {path} <==\n{tail}\n")
 
 
-@app.command("slurm-data")
+@app.command(
+    "slurm-data",
+    epilog="Example: sdtrain-launch slurm-data configs/sd15/data.yaml --nodes 8 --time 24:00:00 runner.workers=null",
+)
 def slurm_ingestion(
     config: Annotated[Path, typer.Argument(help="A page of kind ingestion (YAML).")],
     words: Words = None,
@@ -274,7 +279,7 @@ def submit_data(config: Path, words: Sequence[str], options: dict[str, Any], *, 
         typer.echo(line)
 
 
-@app.command()
+@app.command(epilog="Example: sdtrain-launch status runs/sd15-train")
 def status(
     run: RunFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

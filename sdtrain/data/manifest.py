@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -419,16 +419,24 @@ def check_fingerprint(manifest: Manifest, expected: Mapping[str, Any]) -> None:
         )
 
 
-def verify(manifest: Manifest, *, deep: bool = False) -> None:
+def verify(
+    manifest: Manifest,
+    *,
+    deep: bool = False,
+    watched: Callable[[Sequence[ShardEntry]], Iterable[ShardEntry]] = iter,
+) -> None:
     """Check that every shard is there.
 
     Args:
+        manifest: Of shards on a disk.
         deep: Also read every byte and compare the digests; otherwise existence and sizes.
+        watched: Passes the shards on, such as a progress bar.
 
     Raises:
         DataError: Lists every shard that is missing or damaged.
     """
-    problems = [problem for shard in manifest.shards if (problem := _problem(manifest, shard, deep)) is not None]
+    shards = watched(manifest.shards)
+    problems = [problem for shard in shards if (problem := _problem(manifest, shard, deep)) is not None]
     if problems:
         head = f"{manifest.path}: {len(problems)} of {len(manifest.shards)} shards are missing or damaged:"
         raise DataError("\n".join([head, *(f"  {problem}" for problem in problems)]))

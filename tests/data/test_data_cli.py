@@ -26,6 +26,8 @@ from data_pipeline.sources.digits_server import DigitsServer
 from sdtrain.autoencoders.kl import AutoencoderKL
 from sdtrain.autoencoders.load import save_autoencoder
 from sdtrain.data.manifest import Manifest, verify
+from sdtrain.errors import ExitCode
+from tests.support import make_latent_manifest
 
 PAGE = """# sdtrain-data run {path}
 schema_version: 1
@@ -63,7 +65,7 @@ def call(*arguments: object) -> int:
     return int(caught.value.code or 0)
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "status", "serve-digits", "takedown", "card", "export"])
+@pytest.mark.parametrize("command", ["run", "plan", "status", "serve-digits", "verify", "takedown", "card", "export"])
 def test_every_help_has_an_example(command, capsys):
     assert call(command, "--help") == 0
     assert f"Example: sdtrain-data {command} " in capsys.readouterr().out
@@ -330,3 +332,17 @@ def the_card_tells_it_all(out: Path, reasons: dict[str, int]) -> None:
     assert all(f"| {shown(name)} | {count:,} |" in text for name, count in reasons.items() if name != "success")
     assert f"| stored | {reasons['success']:,} |" in text and "0 owners had opted out" in text
     assert "## Duplicates, by dedup" in text and "| `autoencoder.scaling_factor` | 1.0 |" in text
+
+
+def test_verify_reads_shards_back_and_names_the_damaged_one(tmp_path, capsys):
+    path = make_latent_manifest(tmp_path)
+    shard = path.parent / Manifest.load(path).shards[0].path
+    assert call("verify", path) == 0
+    assert capsys.readouterr().out.endswith("shards are as they were written\n")
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    assert call("verify", path, "--quick") == 0
+    assert capsys.readouterr().out.endswith("shards are there, with the right sizes\n")
+    assert call("verify", path) == ExitCode.DATA
+    assert f"shards are missing or damaged:\n  {shard}: sha256 " in capsys.readouterr().err

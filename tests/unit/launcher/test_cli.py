@@ -136,3 +136,15 @@ def test_status(monkeypatch, tmp_path, capsys):
 def test_the_launcher_imports_no_torch():
     code = "import launcher.cli, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+@pytest.mark.parametrize("command", ["torchrun", "slurm", "resume", "cancel", "logs", "slurm-data", "status"])
+def test_help_of_every_command_has_an_example(monkeypatch, capsys, command):
+    assert launch(monkeypatch, command, "--help") == 0
+    assert f"Example: sdtrain-launch {command} " in capsys.readouterr().out
+
+
+def test_the_list_of_commands_hides_those_of_the_batch_scripts(monkeypatch, capsys):
+    assert launch(monkeypatch, "--help") == 0
+    listed = capsys.readouterr().out
+    assert "  slurm-data " in listed and "slurm-begin" not in listed and "slurm-data-node" not in listed

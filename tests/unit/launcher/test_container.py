@@ -35,15 +35,18 @@ container: nvcr.io#my-org/sdtrain:train
 container_mounts: [/datasets:/datasets:ro]
 """,
     "apptainer": """
+scratch: /scratch/me  # else /tmp, which may hold the checkout itself
 container: /images/sdtrain.sqsh  # the command's --container wins
 container_runtime: apptainer
 container_mounts: [/datasets, /weights:/mnt/weights]
 """,
     "data-pyxis": """
+scratch: /scratch/me  # else /tmp, which may hold the checkout itself
 container: nvcr.io#my-org/sdtrain:train  # of training
 data_container: /images/data.sqsh
 """,
     "data-apptainer": """
+scratch: /scratch/me  # else /tmp, which may hold the checkout itself
 data_container: docker://nvcr.io/my-org/sdtrain:data
 container_runtime: apptainer
 """,
@@ -60,7 +63,7 @@ GOLDEN_OPTIONS = {
 def test_the_script_of_a_dry_run_is_the_golden_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, runtime: str
 ) -> None:
-    """Renew them with SDTRAIN_RENEW_GOLDEN=1 after a change that is meant."""
+    """Renew them with SDTRAIN_RENEW_GOLDEN=1 after a change that is meant; wherever the checkout lies."""
     (tmp_path / "site.yaml").write_text(GOLDEN_SITES[runtime])
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr(sys, "executable", "/opt/sdtrain/bin/python")

@@ -21,9 +21,13 @@ def parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
 
 
-def history(folder: Path) -> list[dict[str, Any]]:
-    """Logged rows of all attempts, oldest first."""
-    rows = [row for path in parts(folder) for row in wandb_files.history(path)]
+def history(folder: Path, count: int) -> list[dict[str, Any]]:
+    """Logged rows of all attempts, oldest first; W&B's service may take a while to write the last of them."""
+    deadline = time.monotonic() + 10
+    while len(rows := [row for path in parts(folder) for row in wandb_files.history(path)]) < count:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     return [{key: value for key, value in row.items() if key not in ("_runtime", "_timestamp")} for row in rows]
 
 
@@ -110,7 +114,7 @@ def test_three_attempts_offline_make_one_history_without_gaps_or_replayed_steps(
     third.finish()
 
     assert [row["step"] for row in read_metrics(run.metrics)] == [10, 20, 30, 40, 50, 60]
-    rows = history(run.path)
+    rows = history(run.path, 6)
     steps = [row["train/step"] for row in rows]
     assert steps == [10, 20, 30, 40, 50, 60]
     assert [row["_step"] for row in rows] == steps
@@ -158,7 +162,7 @@ def test_an_unreachable_server_means_offline(
     started = time.monotonic()
     tracker.finish()
     assert time.monotonic() - started < 20
-    assert [row["train/step"] for row in history(run.path)] == list(range(1, 201))
+    assert [row["train/step"] for row in history(run.path, 200)] == list(range(1, 201))
 
 
 def test_a_service_that_hangs_holds_nobody_up(
