@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import mmh3
@@ -169,11 +170,10 @@ def test_a_changed_file_changes_the_parts_and_an_equal_run_does_nothing(tmp_path
 @pytest.mark.heavy
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path):
     digests = []
-    for name, executor in (("inline", InlineExecutor()), ("ray", RayExecutor(workers=3))):
+    for name, executor in (("inline", nullcontext(InlineExecutor())), ("ray", RayExecutor(workers=3))):
         write_files(tmp_path / name, many_files())
-        run(tmp_path / name, executor, num_validation=30, samples_per_shard=40)
-        if isinstance(executor, RayExecutor):
-            executor.__exit__()
+        with executor as workers:
+            run(tmp_path / name, workers, num_validation=30, samples_per_shard=40)
         digests.append({path.name: sha256_file(path) for path in (tmp_path / name / "03-dedup").glob("0*")})
     assert digests[0] == digests[1] and len(digests[0]) > 10
 
