@@ -41,7 +41,7 @@ data-faults: $(READY)  ## Kill ingestions 50 times at random moments, then the l
 	$(BIN)/python -W ignore -m tests.data.kills --kills 50
 	$(BIN)/python -m tests.run --long tests/data
 
-slurm-test: $(READY)  ## Every fault on a real two-node Slurm of this machine (as root); a quarter of an hour
+slurm-test: $(READY)  ## Every fault on a real two-node Slurm of this machine (as root); half an hour
 	SDTRAIN_REQUIRE_SLURM=1 $(BIN)/python -m pytest -q tests/slurm
 
 full-size: $(READY)  ## One real ZeRO-2 step of the 859,520,964-parameter UNet in bf16
