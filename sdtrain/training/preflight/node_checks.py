@@ -217,7 +217,7 @@ def check_weights(config: TrainingConfig) -> Finding:
         try:
             places.append(f"{key} = {source} ({look_for(source, part=part, weights_file=file)})")
         except SdtrainError as error:
-            problems.append(f"{key} = {source}: {error}")
+            problems.append(f"{key}: {error}")
     if problems:
         return Finding("weights", "failed", "; ".join(problems))
     return Finding("weights", "ok", ", ".join(places) or "the page names none")

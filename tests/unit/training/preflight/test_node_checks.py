@@ -182,8 +182,8 @@ def test_every_missing_weight_is_named(manifest: Path, tmp_path: Path) -> None:
     assert [one.key for one in build.pretrained(config)] == ["autoencoder.weights", "conditioner.weights"]
     found = node_checks.check_weights(config)
     assert found.status == "failed"
-    assert "autoencoder.weights = no/such-vae: no/such-vae: not a local folder, and the hub did not give" in found.found
-    assert "conditioner.weights = openai/no-such-model: " in found.found
+    assert "autoencoder.weights: no/such-vae: not a local folder, and the hub did not give" in found.found
+    assert "conditioner.weights: openai/no-such-model: " in found.found
     config = page(tmp_path, manifest, autoencoder={"preset": None, "weights": "./nowhere"})
     assert "./nowhere: no such folder; give a folder in diffusers' layout" in node_checks.check_weights(config).found
 
