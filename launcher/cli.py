@@ -105,7 +105,7 @@ def torchrun(
         command = torchrun_command(placement, trainee(resume), supervisor.log_dir)
         typer.echo(shell_line(command, added_environment(nproc, {})))
         return
-    if nnodes > 1 if preflight is None else preflight:
+    if preflight or (preflight is None and nnodes > 1):
         code = torchrun_preflight.examine(placement, [str(config), *(overrides or [])], supervisor.log_dir)
         if code:
             raise typer.Exit(int(code))

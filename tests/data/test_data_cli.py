@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from data_pipeline import build, cli
 from data_pipeline.card_markdown import shown
@@ -23,11 +22,9 @@ from data_pipeline.cluster import InlineExecutor
 from data_pipeline.runner import Runner
 from data_pipeline.sources.digits import World, make_world
 from data_pipeline.sources.digits_server import DigitsServer
-from sdtrain.autoencoders.kl import AutoencoderKL
-from sdtrain.autoencoders.load import save_autoencoder
 from sdtrain.data.manifest import Manifest, verify
 from sdtrain.errors import ExitCode
-from tests.support import make_latent_manifest
+from tests.support import make_latent_manifest, write_tiny_autoencoder
 
 PAGE = """# sdtrain-data run {path}
 schema_version: 1
@@ -259,19 +256,6 @@ ENCODED = """encode: {{autoencoder: {autoencoder}, batch_size: 8, check_samples:
 """
 
 
-def tiny_autoencoder(folder: Path) -> Path:
-    torch.manual_seed(0)
-    network = AutoencoderKL(
-        latent_channels=4,
-        channels=[32, 32],
-        layers_per_block=1,
-        attention_in_middle=False,
-        scaling_factor=1.0,
-    )
-    save_autoencoder(network, folder)
-    return folder
-
-
 @pytest.mark.heavy
 def test_the_whole_way_from_links_to_latents_on_real_ray(tmp_path, capfd):
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -285,7 +269,7 @@ def test_the_whole_way_from_links_to_latents_on_real_ray(tmp_path, capfd):
     with DigitsServer(world, port):
         assert call("run", path, "--until", "images") == 0  # needs no autoencoder yet
     images = Manifest.load(out / "images.json")
-    tiny_autoencoder(tmp_path / "autoencoder")
+    write_tiny_autoencoder(tmp_path / "autoencoder")
     assert call("run", path) == 0  # and the server may be gone
     summary = json.loads((out / "04-download" / "summary.json").read_text())
     bad = {"gone", "page", "small", "slow"}
@@ -331,7 +315,7 @@ def the_card_tells_it_all(out: Path, reasons: dict[str, int]) -> None:
         assert f"| {shown(rule['rule'])} | {shown(rule['setting'])} | {rule['rejected']:,} | {rule['left']:,} |" in text
     assert all(f"| {shown(name)} | {count:,} |" in text for name, count in reasons.items() if name != "success")
     assert f"| stored | {reasons['success']:,} |" in text and "0 owners had opted out" in text
-    assert "## Duplicates, by dedup" in text and "| `autoencoder.scaling_factor` | 1.0 |" in text
+    assert "## Duplicates, by dedup" in text and "| `autoencoder.scaling_factor` | 0.5 |" in text
 
 
 def test_verify_reads_shards_back_and_names_the_damaged_one(tmp_path, capsys):

@@ -24,7 +24,7 @@ from torch import distributed as dist
 from sdtrain import distributed
 from sdtrain.training.preflight.findings import Finding
 from sdtrain.training.preflight.meeting import Meeting
-from sdtrain.training.preflight.node_speed import synchronize
+from sdtrain.training.preflight.node_speed import timings
 
 SHARED_SECONDS = 30.0
 """How long another node's file may take to be seen: NFS keeps what it knows of a folder for 30 s (acdirmin)."""
@@ -38,7 +38,6 @@ ALL_REDUCE_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 """On GPUs as much as a reduction of gradients moves at a time; beyond that the bus bandwidth hardly grows."""
 LINK_BYTES = {"cpu": 2 * 2**20, "cuda": 64 * 2**20}
 REPEATS = 5
-WARM_UP = 2
 LATENCY_REPEATS = 20
 BUS_WARNING_BYTES_PER_SECOND = 2e9
 """860M gradients in fp32 are 3.4 GB: at 2 GB/s their reduction takes 1.7 s of every step. RDMA is ten times as quick;
@@ -255,21 +254,10 @@ def measure_all_reduce(device: torch.device) -> Reduction:
     dist.all_reduce(given)
     is_right = torch.equal(given, ranks * pattern + ranks * (ranks - 1) / 2)
     given.zero_()
-    seconds = _median_seconds(lambda: dist.all_reduce(given), device, REPEATS)
+    seconds = statistics.median(timings(lambda: dist.all_reduce(given), device, REPEATS))
     one = torch.zeros(1, device=device)
-    latency = _median_seconds(lambda: dist.all_reduce(one), device, LATENCY_REPEATS)
+    latency = statistics.median(timings(lambda: dist.all_reduce(one), device, LATENCY_REPEATS))
     return Reduction(is_right, latency, ALL_REDUCE_BYTES[device.type] / seconds * 2 * (ranks - 1) / ranks)
-
-
-def _median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    seconds = []
-    for _ in range(WARM_UP + repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[WARM_UP:])
 
 
 def judge_all_reduce(reductions: Mapping[str, Sequence[Reduction]], device_type: str) -> Finding:
@@ -330,7 +318,7 @@ def _time_link(peer: int, device: torch.device, *, begins: bool) -> float:
             else:
                 dist.recv(tensor, peer)
 
-    return _median_seconds(there_and_back, device, REPEATS)
+    return statistics.median(timings(there_and_back, device, REPEATS))
 
 
 # Who is slow ----------------------------------------------------------------------------------------------------------

@@ -81,14 +81,19 @@ def has_known_result(product: Tensor) -> bool:
 
 def quickest(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of the quickest of several runs."""
+    return min(timings(work, device, REPEATS))
+
+
+def timings(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of each run, after those that warm up."""
     seconds = []
-    for _ in range(WARM_UP + REPEATS):
+    for _ in range(WARM_UP + repeats):
         synchronize(device)
         start = time.perf_counter()
         work()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return min(seconds[WARM_UP:])
+    return seconds[WARM_UP:]
 
 
 def synchronize(device: torch.device) -> None:

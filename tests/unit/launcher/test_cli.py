@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli
 from launcher.torchrun import Supervisor
 from sdtrain.errors import ExitCode
 from sdtrain.run_dir import Exit, RunDir
+from tests.unit.launcher.commands import launch
 
 PAGE = """\
 # sdtrain-launch torchrun train.yaml --nproc 2
@@ -46,13 +46,6 @@ def started(monkeypatch):
 
     monkeypatch.setattr(Supervisor, "run", run)
     return calls
-
-
-def launch(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["sdtrain-launch", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    return int(left.value.code or 0)
 
 
 def test_the_settings_reach_the_supervisor_and_its_code_is_ours(monkeypatch, page, started):

@@ -9,22 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli
 from launcher.container import Container, container_of, refuse_missing, shell_lines, spelled_out
 from launcher.site import load_site
 from sdtrain.errors import ConfigError, ExitCode
+from tests.unit.launcher.commands import GOLDEN, launch
 
-GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).parents[3]
 DATA = ["slurm-data", "configs/sd15/data.yaml", "--nodes", "2"]
 SHORT = ["slurm", "configs/sd15/train.yaml", "--nodes", "2", "--gpus-per-node", "8"]
-
-
-def launch(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["sdtrain-launch", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    return int(left.value.code or 0)
 
 
 GOLDEN_SITES = {

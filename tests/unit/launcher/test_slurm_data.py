@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli, slurm_data_job, slurm_job
+from launcher import slurm_data_job, slurm_job
 from launcher.processes import Ended
 from launcher.site import Site
 from launcher.slurm_data import DATA_TEMPLATE, DataJob, checked_page, hints, render_data
@@ -32,19 +31,11 @@ from launcher.slurm_journal import Journal, Start, Submission
 from launcher.slurm_queue import QueuedJob
 from sdtrain.errors import ConfigError, ExitCode, NoProgressError
 from sdtrain.run_dir import RunDir, append_json_line
+from tests.unit.launcher.commands import GOLDEN, SHELLCHECK, launch
 
-GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).parents[3]
 FIRST = Surroundings("7", 0, 2, 1)
 NODE = {"SLURM_NODEID": "1", "SLURMD_NODENAME": "n2", "SLURM_CPUS_ON_NODE": "32", "SLURM_JOB_ID": "7"}
-needs_shellcheck = pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-
-
-def launch(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["sdtrain-launch", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    return int(left.value.code or 0)
 
 
 @pytest.fixture
@@ -90,11 +81,10 @@ def test_the_script_of_a_dry_run_is_the_golden_one(
     assert script == golden.read_text()
 
 
-@needs_shellcheck
 def test_a_shell_and_shellcheck_accept_the_script_as_it_stands() -> None:
     """The filled in ones are among those of `test_slurm_render`."""
     subprocess.run(["bash", "-n", DATA_TEMPLATE], check=True)
-    subprocess.run(["shellcheck", DATA_TEMPLATE], check=True)
+    subprocess.run([SHELLCHECK, DATA_TEMPLATE], check=True)
 
 
 def test_whole_nodes_or_some_of_their_cores(tmp_path: Path) -> None:

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launcher import cli
 from launcher.site import Site, load_site
 from launcher.slurm import TEMPLATE, Job, job_name, render
 from sdtrain.errors import ConfigError, ExitCode
 from sdtrain.run_dir import RunDir
+from tests.unit.launcher.commands import GOLDEN, SHELLCHECK, launch
 
-GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).parents[3]
 EXAMPLE = REPOSITORY / "slurm" / "site.example.yaml"
-needs_shellcheck = pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-
-
-def launch(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["sdtrain-launch", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    return int(left.value.code or 0)
 
 
 def command_of(nodes: int) -> list[str]:
@@ -55,16 +45,14 @@ def test_the_script_of_a_dry_run_is_the_golden_one(
     assert script == golden.read_text()
 
 
-@needs_shellcheck
 @pytest.mark.parametrize("script", [*sorted(GOLDEN.glob("*.sbatch")), TEMPLATE], ids=lambda path: path.stem)
 def test_a_shell_and_shellcheck_accept_it(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
-    subprocess.run(["shellcheck", script], check=True)
+    subprocess.run([SHELLCHECK, script], check=True)
 
 
-@needs_shellcheck
 def test_shellcheck_accepts_the_scripts_of_the_local_cluster() -> None:
-    subprocess.run(["shellcheck", *(REPOSITORY / "slurm" / "local_cluster").glob("*.sh")], check=True)
+    subprocess.run([SHELLCHECK, *(REPOSITORY / "slurm" / "local_cluster").glob("*.sh")], check=True)
 
 
 def test_everything_that_a_shell_could_misread_is_quoted(tmp_path: Path) -> None:
