@@ -73,7 +73,7 @@ def container_of(image: str | None, runtime: Runtime, mounts: Sequence[str]) -> 
                 f"container = {image}: is an image of {other}, and container_runtime is {runtime}; give one that "
                 f"ends in {' or '.join(kinds)}, or set container_runtime: {other}"
             )
-        return Container(str(Path(image).absolute()), runtime, tuple(mounts))
+        return Container(str(Path(image).expanduser().absolute()), runtime, tuple(mounts))
     if runtime == "pyxis":
         _check_enroot_name(image)
     elif not _APPTAINER_NAME.fullmatch(image):
@@ -86,7 +86,7 @@ def container_of(image: str | None, runtime: Runtime, mounts: Sequence[str]) -> 
 
 def spelled_out(image: str | None) -> str | None:
     """An option's value that means the same in every folder."""
-    return str(Path(image).absolute()) if image is not None and _is_path(image) else image
+    return str(Path(image).expanduser().absolute()) if image is not None and _is_path(image) else image
 
 
 def _is_path(image: str) -> bool:

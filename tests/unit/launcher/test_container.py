@@ -208,3 +208,10 @@ def test_a_command_with_a_wrong_image_ends_with_code_2(
     monkeypatch.delenv("SDTRAIN_SITE", raising=False)
     assert launch(monkeypatch, *SHORT, "--container", "nvcr.io/org/image:tag", "--dry-run") == ExitCode.CONFIG
     assert "write nvcr.io#org/image:tag" in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder_in_a_site_file_too() -> None:
+    home = str(Path.home())
+    assert spelled_out("~/train.sqsh") == f"{home}/train.sqsh"
+    container = container_of("~/train.sqsh", "pyxis", ())
+    assert container is not None and container.image == f"{home}/train.sqsh"
